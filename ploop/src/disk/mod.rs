@@ -1,0 +1,295 @@
+//! A disk: a sealed chain, and perhaps a writable image on top of it, as one device.
+//!
+//! ```text
+//!        Disk ── Stack ─┬─ Top              this disk's own map; reads and writes
+//!                       └─ Chain (shared)   merged map of everything below; reads only
+//! ```
+//!
+//! | a cluster is | read | write | zero, discard |
+//! |---|---|---|---|
+//! | in the top | its file range | in place | punched where it is |
+//! | below only | the lower file's range | new cluster, completed from below | whole: new cluster, nothing written; part: completed from below (discard: left) |
+//! | nowhere | a hole | new cluster, rest sparse | nothing to do |
+//!
+//! A [`ReadLease`] holds the stack, so no file closes under a reader. In this version nothing moves
+//! or frees a cluster of an open disk (see [`crate::format::ploop::top`]), so that is all it does.
+
+mod erase;
+pub mod open;
+mod write;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::chain::{Chain, push_segment};
+use crate::device::{
+    Device, Extent, Layers, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment, ZeroMode,
+    check_range,
+};
+use crate::error::{Error, Kind, Result};
+use crate::format::ploop::top::Top;
+use crate::locks::DiskLock;
+use crate::store::StoreFile;
+
+/// Guest bytes mapped at a time where a range may be the whole disk.
+const WINDOW: u64 = 256 << 20;
+
+/// What a disk is made of.
+#[derive(Debug)]
+pub(crate) struct Stack {
+    pub(crate) below: Option<Arc<Chain>>,
+    pub(crate) top: Option<Arc<Top>>,
+}
+
+impl Stack {
+    /// The layer number of the top: one above the chain's.
+    fn top_layer(&self) -> u32 {
+        self.below.as_ref().map_or(0, |c| c.deltas().len() as u32)
+    }
+
+    /// Appends the segments of `range` as they are below the top.
+    pub(crate) fn map_below(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
+        match &self.below {
+            Some(chain) => chain.map(range, out),
+            None => {
+                push_segment(out, range.start, range.end - range.start, SegmentPlace::Hole);
+                Ok(())
+            }
+        }
+    }
+
+    fn map(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
+        let Some(top) = &self.top else { return self.map_below(range, out) };
+        let cluster = top.header().cluster_bytes();
+        let layer = self.top_layer();
+        let mut at = range.start;
+        while at < range.end {
+            let run = unmapped_run(top, at..range.end)?;
+            if run > at {
+                self.map_below(at..run, out)?;
+                at = run;
+                continue;
+            }
+            let stop = ((at / cluster + 1) * cluster).min(range.end);
+            // `unmapped_run` saw an entry here, and entries never go away.
+            if let Some(offset) = top.lookup(at / cluster)? {
+                let place = SegmentPlace::File { layer, offset: offset + at % cluster };
+                push_segment(out, at, stop - at, place);
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+}
+
+/// The end of the run of bytes, from the start of `range` on, that the top does not have.
+fn unmapped_run(top: &Top, range: Range<u64>) -> Result<u64> {
+    let cluster = top.header().cluster_bytes();
+    let end = range.end.div_ceil(cluster);
+    let mut at = range.start / cluster;
+    loop {
+        at = top.next_page_with_entries(at, end);
+        if at >= end || top.lookup(at)?.is_some() {
+            return Ok((at * cluster).clamp(range.start, range.end));
+        }
+        at += 1;
+    }
+}
+
+impl Layers for Stack {
+    fn file(&self, layer: u32) -> &Arc<dyn StoreFile> {
+        match (&self.below, &self.top) {
+            (Some(chain), _) if (layer as usize) < chain.deltas().len() => chain.file(layer),
+            (_, Some(top)) => top.file(),
+            (Some(chain), None) => chain.file(layer),
+            (None, None) => unreachable!("a stack has a chain or a top"),
+        }
+    }
+
+    fn read_through(&self, layer: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
+        match &self.below {
+            Some(chain) => chain.read_through(layer, offset, buf),
+            None => Err(self.fault(layer, offset)),
+        }
+    }
+
+    fn fault(&self, layer: u32, offset: u64) -> Error {
+        match &self.below {
+            Some(chain) => chain.fault(layer, offset),
+            None => Error::corrupt("damaged entry").on(self.file(layer).path()).at(offset),
+        }
+    }
+}
+
+/// An open disk. Dropping it without [`Disk::close`] is what a crash does: flushed data is safe,
+/// and the image stays marked in use.
+#[derive(Debug)]
+pub struct Disk {
+    stack: Arc<Stack>,
+    size: u64,
+    cluster: u64,
+    _lock: Option<DiskLock>,
+}
+
+impl Disk {
+    /// A read-only disk of a sealed chain.
+    pub fn sealed(chain: Arc<Chain>) -> Disk {
+        let (size, cluster) = (chain.size(), chain.unit());
+        Disk { stack: Arc::new(Stack { below: Some(chain), top: None }), size, cluster, _lock: None }
+    }
+
+    /// A writable disk: `top` over `below`. Error: `Invalid` when what is below is larger, or its
+    /// clusters are.
+    pub fn writable(below: Option<Arc<Chain>>, top: Top, lock: Option<DiskLock>) -> Result<Disk> {
+        let (size, cluster) = (top.header().size(), top.header().cluster_bytes());
+        if let Some(chain) = &below {
+            if chain.size() > size {
+                let what = format!(
+                    "this image of {size} bytes lies on a chain of {} bytes; sizes must not shrink \
+                     upwards",
+                    chain.size()
+                );
+                return Err(Error::corrupt(what).on(top.file().path()));
+            }
+            if !cluster.is_multiple_of(chain.unit()) {
+                let what = format!(
+                    "clusters of {cluster} bytes on a chain with clusters of {} bytes",
+                    chain.unit()
+                );
+                return Err(Error::corrupt(what).on(top.file().path()));
+            }
+        }
+        let stack = Arc::new(Stack { below, top: Some(Arc::new(top)) });
+        Ok(Disk { stack, size, cluster, _lock: lock })
+    }
+
+    fn top(&self) -> Result<&Arc<Top>> {
+        self.stack.top.as_ref().ok_or_else(|| {
+            Error::new(Kind::ReadOnly, "the disk is open read-only").on(self.path())
+        })
+    }
+
+    /// The file of the uppermost layer.
+    pub fn path(&self) -> &std::path::Path {
+        let top_layer = self.stack.top_layer();
+        let layer = if self.stack.top.is_some() { top_layer } else { top_layer - 1 };
+        self.stack.file(layer).path()
+    }
+
+    /// Closes the disk: flushes, gives unused space at the end of the top back, clears its in-use
+    /// mark; all durable on return. The caller has stopped all requests. Fails, and leaves the mark,
+    /// when an earlier failure latched the disk. Idempotent.
+    pub fn close(&self) -> Result<()> {
+        self.stack.top.as_ref().map_or(Ok(()), |top| top.close())
+    }
+}
+
+impl Device for Disk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_only(&self) -> bool {
+        self.stack.top.is_none()
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        self.cluster
+    }
+
+    fn map(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<ReadLease> {
+        segments.clear();
+        check_range(&range, self.size)?;
+        self.stack.map(range, segments)?;
+        Ok(ReadLease::new(self.stack.clone()))
+    }
+
+    fn prepare(&self, range: Range<u64>, segments: &mut Vec<WriteSegment>) -> Result<WriteLease> {
+        segments.clear();
+        check_range(&range, self.size)?;
+        self.prepare_write(range, segments)
+    }
+
+    fn commit(&self, lease: WriteLease) -> Result<()> {
+        lease.finish()?;
+        self.top()?.wrote();
+        Ok(())
+    }
+
+    fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
+        check_range(&range, self.size)?;
+        self.erase(range, erase::How::Zero(mode))
+    }
+
+    fn discard(&self, range: Range<u64>) -> Result<()> {
+        check_range(&range, self.size)?;
+        self.erase(range, erase::How::Discard)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.stack.top.as_ref().map_or(Ok(()), |top| top.flush())
+    }
+
+    fn allocation(&self, range: Range<u64>, limit: usize, out: &mut Vec<Extent>) -> Result<()> {
+        out.clear();
+        check_range(&range, self.size)?;
+        let mut segments = Vec::new();
+        let mut at = range.start;
+        while at < range.end && out.len() <= limit {
+            let stop = at.saturating_add(WINDOW).min(range.end);
+            let lease = self.map(at..stop, &mut segments)?;
+            for s in &segments {
+                self.extents_of(&lease, s, limit, out)?;
+                if out.len() > limit {
+                    break;
+                }
+            }
+            at = stop;
+        }
+        out.truncate(limit);
+        Ok(())
+    }
+}
+
+impl Disk {
+    /// The extents of one segment: a mapped file range may be sparse.
+    fn extents_of(
+        &self,
+        lease: &ReadLease,
+        s: &Segment,
+        limit: usize,
+        out: &mut Vec<Extent>,
+    ) -> Result<()> {
+        let (layer, start) = match s.place {
+            SegmentPlace::Hole => {
+                push_extent(out, s.len, true);
+                return Ok(());
+            }
+            SegmentPlace::File { layer, offset } => (layer, offset),
+            SegmentPlace::Through { .. } | SegmentPlace::Fault { .. } => {
+                push_extent(out, s.len, false);
+                return Ok(());
+            }
+        };
+        let end = start + s.len;
+        let mut at = start;
+        while at < end && out.len() <= limit {
+            let data = lease.file(layer).next_data(at, end)?.unwrap_or(end..end);
+            let (from, to) = (data.start.clamp(at, end), data.end.clamp(at, end));
+            push_extent(out, from - at, true);
+            push_extent(out, to - from, false);
+            at = to;
+        }
+        Ok(())
+    }
+}
+
+fn push_extent(out: &mut Vec<Extent>, len: u64, hole: bool) {
+    if len == 0 {
+        return;
+    }
+    match out.last_mut() {
+        Some(last) if last.hole == hole => last.len += len,
+        _ => out.push(Extent { len, hole, zero: hole }),
+    }
+}

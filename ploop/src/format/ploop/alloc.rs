@@ -1,0 +1,171 @@
+//! Which clusters of the file are free.
+//!
+//! File clusters are numbered from the start of the data area.
+//!
+//! ```text
+//!   0 ............ next ........ grown          (clusters)
+//!   │ used or free │ never used  │ end of file, rounded down
+//! ```
+//!
+//! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew).
+//! A range in `free` may hold anything, and is named by no entry, in memory or on disk: an entry
+//! goes from 0 to a cluster and never back while an image is open, so a free cluster was free at
+//! open, or was handed out and given back before any entry named it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::header::Header;
+use crate::error::{Error, Kind, Result};
+use crate::store::StoreFile;
+
+/// The file grows by an eighth of itself, this many bytes at most, one cluster at least.
+const STEP_MAX: u64 = 128 << 20;
+
+/// The free clusters of one image.
+#[derive(Debug)]
+pub struct Alloc {
+    data_start: u64,
+    cluster: u64,
+    /// Clusters that an entry can name.
+    limit: u64,
+    next: u64,
+    grown: u64,
+    /// start → end, not touching each other, all below `next`.
+    free: BTreeMap<u64, u64>,
+}
+
+/// Clusters that were handed out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// Which, contiguous, never empty.
+    pub clusters: Range<u64>,
+    /// They may hold anything and must be punched before use.
+    pub stale: bool,
+}
+
+impl Alloc {
+    /// For an image whose entries name `used` (sorted, no duplicates). The caller cuts the file
+    /// behind the last of them before the first [`Alloc::take`].
+    pub fn new(header: &Header, used: &[u32]) -> Alloc {
+        let cluster = header.cluster_bytes();
+        let mut free = BTreeMap::new();
+        let mut next = 0u64;
+        for &u in used {
+            let u = u64::from(u);
+            if u > next {
+                free.insert(next, u);
+            }
+            next = u + 1;
+        }
+        let per_entry = match header.version {
+            super::Version::V1 => u64::from(header.cluster_sectors),
+            super::Version::V2 => 1,
+        };
+        let first = header.entry_for(header.data_start).map_or(u64::MAX, u64::from);
+        let limit = (u64::from(u32::MAX).saturating_sub(first)) / per_entry;
+        Alloc { data_start: header.data_start, cluster, limit, next, grown: next, free }
+    }
+
+    /// The file offset of a cluster.
+    pub fn offset(&self, cluster: u64) -> u64 {
+        self.data_start + cluster * self.cluster
+    }
+
+    /// The file's length when it is cut behind the last cluster in use.
+    pub fn used_len(&self) -> u64 {
+        let end = match self.free.last_key_value() {
+            Some((&start, &end)) if end == self.next => start,
+            _ => self.next,
+        };
+        self.offset(end)
+    }
+
+    /// Hands out up to `want` contiguous clusters, one at least: free ones first, then new ones at
+    /// the end, growing the file in steps. Error: `NoSpace` when the file cannot grow or no entry
+    /// could name the cluster.
+    pub fn take(&mut self, want: u64, file: &dyn StoreFile) -> Result<Taken> {
+        debug_assert!(want > 0);
+        if let Some((&start, &end)) = self.free.first_key_value() {
+            let stop = end.min(start + want);
+            self.free.remove(&start);
+            if stop < end {
+                self.free.insert(stop, end);
+            }
+            return Ok(Taken { clusters: start..stop, stale: true });
+        }
+        let stop = (self.next + want).min(self.limit);
+        if stop <= self.next {
+            return Err(Error::new(Kind::NoSpace, "every cluster that a BAT entry can name is taken")
+                .on(file.path())
+                .fix("Compact the image, or convert it to larger clusters"));
+        }
+        if stop > self.grown {
+            let step = (self.offset(self.grown) / 8).min(STEP_MAX) / self.cluster;
+            let target = stop.max(self.grown + step.max(1)).min(self.limit.max(stop));
+            file.set_len(self.offset(target))?;
+            self.grown = target;
+        }
+        let start = std::mem::replace(&mut self.next, stop);
+        Ok(Taken { clusters: start..stop, stale: false })
+    }
+
+    /// Takes back clusters that no entry ever named.
+    pub fn give_back(&mut self, clusters: Range<u64>) {
+        let Range { mut start, mut end } = clusters;
+        if let Some((&before, &stop)) = self.free.range(..start).next_back()
+            && stop == start
+        {
+            start = before;
+        }
+        if let Some(stop) = self.free.remove(&end) {
+            end = stop;
+        }
+        self.free.insert(start, end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+    use crate::store::memory::MemoryStore;
+    use std::path::Path;
+
+    fn header() -> Header {
+        Header::new(super::super::Version::V2, 64, 64 * 1000).unwrap()
+    }
+
+    #[test]
+    fn holes_are_reused_before_the_file_grows_and_are_marked_stale() {
+        let store = MemoryStore::new();
+        let file = store.create(Path::new("/i"), 0o600).unwrap();
+        let mut a = Alloc::new(&header(), &[0, 1, 4, 6]);
+        assert_eq!(a.take(5, &*file).unwrap(), Taken { clusters: 2..4, stale: true });
+        assert_eq!(a.take(5, &*file).unwrap(), Taken { clusters: 5..6, stale: true });
+        let t = a.take(3, &*file).unwrap();
+        assert_eq!(t, Taken { clusters: 7..10, stale: false });
+        assert!(file.len().unwrap() >= a.offset(10));
+        a.give_back(8..9);
+        a.give_back(9..10);
+        assert_eq!(a.used_len(), a.offset(8));
+        a.give_back(7..8);
+        assert_eq!(a.used_len(), a.offset(7));
+        assert_eq!(a.take(9, &*file).unwrap(), Taken { clusters: 7..10, stale: true });
+        assert_eq!(a.used_len(), a.offset(10));
+    }
+
+    #[test]
+    fn an_entry_never_overflows_its_32_bits() {
+        let store = MemoryStore::new();
+        let file = store.create(Path::new("/i"), 0o600).unwrap();
+        let h = Header::new(super::super::Version::V1, 131_072, 131_072 * 2).unwrap();
+        let mut a = Alloc::new(&h, &[]);
+        a.next = a.limit - 1;
+        a.grown = a.next;
+        let t = a.take(9, &*file).unwrap();
+        assert_eq!(t.clusters.end - t.clusters.start, 1);
+        assert!(h.entry_for(a.offset(t.clusters.start)).is_some());
+        assert_eq!(a.take(1, &*file).unwrap_err().kind(), Kind::NoSpace);
+    }
+}

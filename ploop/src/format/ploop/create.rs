@@ -1,0 +1,31 @@
+//! A new, empty image.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::header::Header;
+use crate::error::Result;
+use crate::store::{Store, StoreFile};
+
+/// Creates `path` with `header` and an empty BAT. The file must not exist; mode 0600.
+///
+/// The BAT is a hole, so the file takes one host block whatever the disk's size. Order: length,
+/// header, sync. On return the file's bytes are durable; its name is not until the caller syncs the
+/// directory. On error nothing is left behind.
+pub fn create(store: &dyn Store, path: &Path, header: &Header) -> Result<Arc<dyn StoreFile>> {
+    let file = store.create(path, 0o600)?;
+    let write = || {
+        file.set_len(header.data_start)?;
+        file.write_at(header.bytes(), 0)?;
+        file.sync()
+    };
+    match write() {
+        Ok(()) => Ok(file),
+        Err(e) => {
+            // The first error is the one to report; a file that cannot be removed is a leftover
+            // that the store's collector finds.
+            drop(store.remove_file(path));
+            Err(e)
+        }
+    }
+}

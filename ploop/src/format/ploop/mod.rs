@@ -1,0 +1,19 @@
+//! The ploop image format, v1 and v2 (FORMAT.md beside this file).
+//!
+//! * [`header`]: the 64 bytes, unchecked and checked.
+//! * [`delta`]: an image as a read-only layer.
+//! * [`top`]: the one writable image of a disk: allocation, flush, mark.
+//! * [`create()`]: a new empty image.
+
+pub mod alloc;
+pub mod busy;
+mod create;
+pub mod delta;
+pub mod extension;
+pub mod flush;
+pub mod header;
+pub mod top;
+
+pub use create::create;
+pub use delta::PloopDelta;
+pub use header::{Header, Version};

@@ -1,0 +1,343 @@
+//! The writable image on top of a disk: its map, its allocation, its mark, its flush.
+//!
+//! | step | what | durable before the next step |
+//! |---|---|---|
+//! | first change | header: in-use mark, extension dropped | yes |
+//! | | cut the file behind the last cluster in use | no |
+//! | write, new cluster | grow the file, complete the cluster, write the data | no |
+//! | commit | the entry, in memory | – |
+//! | flush | data (and length) of every committed cluster | yes |
+//! | | the BAT entries of those clusters, and of no others | yes |
+//! | close | flush; cut the file behind the last cluster in use | yes |
+//! | | header: closed | yes |
+//!
+//! An entry on disk therefore names a cluster whose bytes are on disk, at every instant. Entries
+//! only ever go from 0 to a cluster: discarded clusters are punched where they are and keep their
+//! entry, so no cluster changes owner while the image is open, and no lease can see one that does.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::alloc::{Alloc, Taken};
+use super::busy::Busy;
+use super::extension;
+use super::flush::FlushGate;
+use super::header::{FLAG_EMPTY, Header, IN_USE_CLOSED, IN_USE_DIRTY, Version};
+use crate::error::{Error, Kind, Result};
+use crate::paged::Paged;
+use crate::store::{StoreFile, read_exact};
+use crate::verify::{Class, FindingKind, ImageScan, class_of, scan_image};
+
+/// BAT entries in a page of the map: 4 KiB.
+const PAGE: u64 = crate::verify::PAGE_ENTRIES;
+/// The most bytes of BAT written in one call.
+const BAT_WRITE_MAX: usize = 16 * 1024;
+
+type Page = Box<[AtomicU32]>;
+
+/// The writable image. All methods may be called from many threads.
+#[derive(Debug)]
+pub struct Top {
+    file: Arc<dyn StoreFile>,
+    header: Header,
+    map: Paged<Page>,
+    /// A bit per page: it has entries on disk. The others are zeros and never read.
+    stored: Box<[u64]>,
+    alloc: Mutex<Alloc>,
+    /// Clusters being allocated.
+    pub busy: Busy,
+    /// Slots committed since the last flush took them.
+    pending: Mutex<Vec<u32>>,
+    gate: FlushGate,
+    /// Data was written, or a length changed, since the last flush began.
+    unsynced: AtomicBool,
+    marked: AtomicBool,
+    mark: Mutex<()>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each of these is whole between two statements; a panic elsewhere does not spoil it.
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Top {
+    /// Opens an image for writing. Scans its BAT; a damaged one is refused, one that was not closed
+    /// cleanly is made durable as it stands and goes on from there. Writes nothing.
+    pub fn open(file: Arc<dyn StoreFile>) -> Result<Top> {
+        let scan = scan_image(file.as_ref())?;
+        refuse_unwritable(file.as_ref(), &scan)?;
+        if scan.header.dirty() {
+            // What we read may still be in the page cache of a killed process only.
+            file.sync()?;
+        }
+        let alloc = Alloc::new(&scan.header, &scan.used);
+        let pages = u64::from(scan.header.entries).div_ceil(PAGE);
+        let mut stored = vec![0u64; pages.div_ceil(64) as usize].into_boxed_slice();
+        for page in scan.pages {
+            stored[page as usize / 64] |= 1 << (page % 64);
+        }
+        Ok(Top {
+            map: Paged::new(pages),
+            stored,
+            alloc: Mutex::new(alloc),
+            busy: Busy::default(),
+            pending: Mutex::default(),
+            gate: FlushGate::default(),
+            unsynced: AtomicBool::new(false),
+            marked: AtomicBool::new(false),
+            mark: Mutex::new(()),
+            header: scan.header,
+            file,
+        })
+    }
+
+    /// The image's file.
+    pub fn file(&self) -> &Arc<dyn StoreFile> {
+        &self.file
+    }
+
+    /// The header as it was at open.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The file offset of a guest cluster; `None` when this image does not have it.
+    pub fn lookup(&self, cluster: u64) -> Result<Option<u64>> {
+        let Some(page) = self.page(cluster / PAGE)? else { return Ok(None) };
+        let entry = page[(cluster % PAGE) as usize].load(Ordering::Acquire);
+        Ok((entry != 0).then(|| self.header.entry_offset(entry)))
+    }
+
+    /// The next cluster at or after `from` and before `end` that this image may have. Skips whole
+    /// pages without entries.
+    pub fn next_page_with_entries(&self, from: u64, end: u64) -> u64 {
+        let mut at = from;
+        while at < end {
+            let page = at / PAGE;
+            if self.map.get(page).is_some() || self.is_stored(page) {
+                return at;
+            }
+            at = (page + 1) * PAGE;
+        }
+        end
+    }
+
+    fn is_stored(&self, page: u64) -> bool {
+        self.stored[page as usize / 64] >> (page % 64) & 1 == 1
+    }
+
+    /// The page of the map, loaded if it has entries on disk; `None` when it has none anywhere.
+    fn page(&self, page: u64) -> Result<Option<&Page>> {
+        match self.map.get(page) {
+            Some(p) => Ok(Some(p)),
+            None if !self.is_stored(page) => Ok(None),
+            None => self.load(page).map(Some),
+        }
+    }
+
+    fn load(&self, page: u64) -> Result<&Page> {
+        self.map.get_or_make(page, || {
+            let first = page * PAGE;
+            let count = PAGE.min(u64::from(self.header.entries).saturating_sub(first));
+            let mut bytes = vec![0; count as usize * 4];
+            if self.is_stored(page) {
+                read_exact(self.file.as_ref(), &mut bytes, Header::slot_offset(first))?;
+            }
+            let entry = |b: &[u8]| AtomicU32::new(u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            let mut made: Vec<_> = bytes.chunks_exact(4).map(entry).collect();
+            made.resize_with(PAGE as usize, || AtomicU32::new(0));
+            Ok(made.into_boxed_slice())
+        })
+    }
+
+    /// The in-use mark, before the first change. Order: header, sync, cut the file.
+    pub fn before_change(&self) -> Result<()> {
+        if self.marked.load(Ordering::Acquire) {
+            return self.gate.check();
+        }
+        let _one = lock(&self.mark);
+        self.gate.check()?;
+        if self.marked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let marked = self.mark_in_use();
+        match &marked {
+            Ok(()) => self.marked.store(true, Ordering::Release),
+            Err(e) => self.gate.latch(e),
+        }
+        marked
+    }
+
+    fn mark_in_use(&self) -> Result<()> {
+        if extension::in_force(&self.header) {
+            tracing::warn!(
+                file = %self.file.path().display(),
+                "the image's change-tracking bitmap ends here: it is dropped by the first write"
+            );
+        }
+        self.file.write_at(self.header.marked(IN_USE_DIRTY).bytes(), 0)?;
+        self.file.sync()?;
+        let used_len = lock(&self.alloc).used_len();
+        if self.file.len()? != used_len {
+            self.file.set_len(used_len)?;
+            self.unsynced.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Hands out up to `want` contiguous file clusters that read as zeros; returns (first byte,
+    /// count). The caller holds [`Top::busy`] for the guest clusters.
+    pub fn allocate(&self, want: u64) -> Result<(u64, u64)> {
+        let (Taken { clusters, stale }, offset) = {
+            let mut alloc = lock(&self.alloc);
+            let taken = alloc.take(want, self.file.as_ref())?;
+            let offset = alloc.offset(taken.clusters.start);
+            (taken, offset)
+        };
+        let count = clusters.end - clusters.start;
+        if stale && let Err(e) = self.file.punch(offset, count * self.header.cluster_bytes()) {
+            lock(&self.alloc).give_back(clusters);
+            return Err(e);
+        }
+        Ok((offset, count))
+    }
+
+    /// Takes back file clusters that were allocated and never committed.
+    pub fn give_back(&self, offset: u64, count: u64) {
+        let first = (offset - self.header.data_start) / self.header.cluster_bytes();
+        lock(&self.alloc).give_back(first..first + count);
+    }
+
+    /// Enters a cluster whose bytes are written: from now on every read sees it.
+    pub fn commit(&self, cluster: u64, offset: u64) -> Result<()> {
+        let entry = self.header.entry_for(offset).ok_or_else(|| {
+            Error::new(Kind::NoSpace, format!("file offset {offset} fits no BAT entry"))
+        })?;
+        let page = self.load(cluster / PAGE)?;
+        page[(cluster % PAGE) as usize].store(entry, Ordering::Release);
+        // `entries` is 32 bits, and every cluster of the disk is below it.
+        lock(&self.pending).push(cluster as u32);
+        self.wrote();
+        Ok(())
+    }
+
+    /// Notes that bytes of the file changed and the next flush must sync.
+    pub fn wrote(&self) {
+        self.unsynced.store(true, Ordering::Release);
+    }
+
+    /// Fails when an earlier failure latched the image.
+    pub fn check_latch(&self) -> Result<()> {
+        self.gate.check()
+    }
+
+    /// Makes durable everything committed, written, zeroed or punched before the call. Order: data,
+    /// sync, BAT, sync; the second half only when entries changed. Shared with other callers.
+    pub fn flush(&self) -> Result<()> {
+        self.gate.run(|| self.flush_alone())
+    }
+
+    fn flush_alone(&self) -> Result<()> {
+        // Taken before the sync: a slot that is committed while it runs has data that it may have
+        // missed, and must wait for the next flush.
+        let mut slots = std::mem::take(&mut *lock(&self.pending));
+        let unsynced = self.unsynced.swap(false, Ordering::AcqRel);
+        if unsynced || !slots.is_empty() {
+            self.file.sync()?;
+        }
+        if slots.is_empty() {
+            return Ok(());
+        }
+        slots.sort_unstable();
+        self.write_entries(&slots)?;
+        self.file.sync()
+    }
+
+    /// Writes the entries of `slots` (sorted), and no byte of any other entry: a neighbour may have
+    /// been committed since, and its data is not on disk.
+    fn write_entries(&self, slots: &[u32]) -> Result<()> {
+        let mut bytes = Vec::with_capacity(BAT_WRITE_MAX.min(slots.len() * 4));
+        let mut first = 0u64;
+        for (i, &slot) in slots.iter().enumerate() {
+            let slot = u64::from(slot);
+            if bytes.is_empty() {
+                first = slot;
+            }
+            let page = self.load(slot / PAGE)?;
+            let entry = page[(slot % PAGE) as usize].load(Ordering::Acquire);
+            bytes.extend_from_slice(&entry.to_le_bytes());
+            let goes_on = slots.get(i + 1).is_some_and(|&n| u64::from(n) == slot + 1);
+            if !goes_on || bytes.len() >= BAT_WRITE_MAX {
+                self.file.write_at(&bytes, Header::slot_offset(first))?;
+                bytes.clear();
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes the image: flush, cut the file behind the last cluster in use, sync, clear the mark,
+    /// sync. An image that was never changed is not touched, and one that latched stays marked.
+    pub fn close(&self) -> Result<()> {
+        let _one = lock(&self.mark);
+        if !self.marked.load(Ordering::Acquire) {
+            // A mark found at open and proven harmless is ours to clear.
+            if !self.header.dirty() {
+                return Ok(());
+            }
+            self.mark_in_use()?;
+            self.marked.store(true, Ordering::Release);
+        }
+        self.flush()?;
+        let used_len = lock(&self.alloc).used_len();
+        if self.file.len()? != used_len {
+            self.file.set_len(used_len)?;
+            self.file.sync()?;
+        }
+        self.file.write_at(self.header.marked(IN_USE_CLOSED).bytes(), 0)?;
+        let synced = self.file.sync();
+        match &synced {
+            Ok(()) => self.marked.store(false, Ordering::Release),
+            Err(e) => self.gate.latch(e),
+        }
+        synced
+    }
+}
+
+/// Writing needs more than reading does: a BAT without damage, a data area on the cluster grid, and
+/// nothing that we must keep and do not understand.
+fn refuse_unwritable(file: &dyn StoreFile, scan: &ImageScan) -> Result<()> {
+    let h = &scan.header;
+    let check = || format!("Run `ploop check {}` to see all of it", file.path().display());
+    super::delta::refuse_converting(file, h)?;
+    if let Some(f) = scan.findings.iter().find(|f| f.kind == FindingKind::UnknownFeature) {
+        let what = format!("{}: the image can be read, not written", f.what);
+        return Err(Error::unsupported(what).on(file.path()).at(f.offset));
+    }
+    if h.flags & !FLAG_EMPTY != 0 {
+        let what = format!("header flags {:#x} are not known: the image can be read only", h.flags);
+        return Err(Error::unsupported(what).on(file.path()).at(52));
+    }
+    let harmless = |k: FindingKind| {
+        matches!(
+            k,
+            FindingKind::ExtensionDangling
+                | FindingKind::ExtensionMagic
+                | FindingKind::ExtensionOverlapsData
+        )
+    };
+    let worst = scan.findings.iter().filter(|f| !harmless(f.kind));
+    if let Some(f) = worst.clone().find(|f| f.kind.class() == Class::Corrupt) {
+        let n = worst.filter(|f| f.kind.class() == Class::Corrupt).count();
+        let what = format!("the image is damaged ({n} findings, the first: {})", f.what);
+        return Err(Error::corrupt(what).on(file.path()).at(f.offset).fix(check()));
+    }
+    debug_assert!(class_of(&scan.findings) <= Class::Corrupt);
+    if h.version == Version::V1 && !h.data_start.is_multiple_of(h.cluster_bytes()) {
+        let what = "v1 image with a data area that is not on the cluster grid: can be read only";
+        return Err(Error::unsupported(what)
+            .on(file.path())
+            .at(48)
+            .fix("Convert it: ploop convert SOURCE TARGET --to ploop"));
+    }
+    Ok(())
+}

@@ -1,0 +1,18 @@
+//! What a disk *is*: formats, descriptor, chain, map, allocation, locks.
+//!
+//! No sockets, no threads of its own, no clock, no environment.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod chain;
+pub mod descriptor;
+pub mod device;
+pub mod disk;
+pub mod error;
+pub mod format;
+pub mod locks;
+mod paged;
+pub mod store;
+pub mod verify;
+
+pub use error::{Error, Kind, Result};

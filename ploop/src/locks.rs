@@ -1,0 +1,175 @@
+//! Locks against other programs, on the bytes that QEMU and OpenVZ's tool agree on.
+//!
+//! QEMU locks byte 100 + *p* of an image while it uses permission *p*, and byte 200 + *p* while it
+//! lets nobody else use it; both are read locks, and each program then looks whether a write lock
+//! on the opposite byte would be stopped. OpenVZ's tool takes 200–204 on the base of a disk, and
+//! 300–304 during long operations. Permissions: 0 read consistently, 1 write, 3 resize.
+//!
+//! | we open | we lock | stopped by others on |
+//! |---|---|---|
+//! | the top, for writing | 100, 101, 103, 200–204 | 100–104 (they use it), 200, 201, 203 (they forbid it), 300–304 |
+//! | anything else | 100, 201, 203 | 101, 103 (they write), 200 (they forbid reading), 300–304 |
+//!
+//! So thousands of our disks share a layer, QEMU may read it, and nobody may write it. The locks
+//! are open-file-description locks: they live as long as the open file, whoever else in the process
+//! opens and closes it. Ours against ours, for a whole disk, is [`DiskLock`].
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::RangeInclusive;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use fs2::FileExt;
+
+use crate::error::{Error, Kind, Result};
+use crate::store::StoreFile;
+
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// The top of a disk, written by us alone.
+    Write,
+    /// Reading, shared with other readers.
+    Read,
+}
+
+const WRITE_LOCKS: &[RangeInclusive<u64>] = &[100..=101, 103..=103, 200..=204];
+const WRITE_STOPS: &[RangeInclusive<u64>] = &[100..=104, 200..=201, 203..=203, 300..=304];
+const READ_LOCKS: &[RangeInclusive<u64>] = &[100..=100, 201..=201, 203..=203];
+const READ_STOPS: &[RangeInclusive<u64>] = &[101..=101, 103..=103, 200..=200, 300..=304];
+
+/// Takes the locks for `use_for` on an open image, with a look before and after. They are kept
+/// until the file is closed. Error: `InUse`, at once.
+pub fn lock_image(file: &dyn StoreFile, use_for: Use) -> Result<()> {
+    let (locks, stops) = match use_for {
+        Use::Write => (WRITE_LOCKS, WRITE_STOPS),
+        Use::Read => (READ_LOCKS, READ_STOPS),
+    };
+    look(file, stops, use_for)?;
+    for bytes in locks {
+        file.lock_bytes(*bytes.start(), bytes.end() - bytes.start() + 1)?;
+    }
+    look(file, stops, use_for)
+}
+
+fn look(file: &dyn StoreFile, stops: &[RangeInclusive<u64>], use_for: Use) -> Result<()> {
+    for bytes in stops {
+        if !file.foreign_lock(*bytes.start(), bytes.end() - bytes.start() + 1)? {
+            continue;
+        }
+        let what = match (use_for, *bytes.start()) {
+            (_, 300) => "another program (an OpenVZ tool) runs a long operation on the image",
+            (Use::Write, _) => "another program has the image open",
+            (Use::Read, _) => "another program has the image open for writing",
+        };
+        return Err(Error::new(Kind::InUse, what)
+            .on(file.path())
+            .fix("Close the disk there first (`lslocks` shows who holds it)"));
+    }
+    Ok(())
+}
+
+/// The lock on a disk among programs of ours: `flock` on `<disk>/.ploop/lock`. The file is never
+/// renamed or removed; its text says who holds it, and means nothing once the lock is free.
+#[derive(Debug)]
+pub struct DiskLock {
+    file: File,
+    path: PathBuf,
+}
+
+impl DiskLock {
+    /// Takes the lock of the disk in `dir`, creating `.ploop/lock` if need be. Error: `InUse`, at
+    /// once, naming the process that holds it.
+    pub fn acquire(dir: &Path) -> Result<DiskLock> {
+        let side = dir.join(".ploop");
+        match fs::create_dir(&side) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("create directory", &side, e));
+            }
+            _ => {}
+        }
+        let path = side.join("lock");
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let mut file = options.open(&path).map_err(|e| Error::io("open", &path, e))?;
+        if let Err(e) = FileExt::try_lock_exclusive(&file) {
+            if e.raw_os_error() != fs2::lock_contended_error().raw_os_error() {
+                return Err(Error::io("lock", &path, e));
+            }
+            let mut holder = String::new();
+            // Only a hint for people: a reader that fails shows none.
+            drop(Read::by_ref(&mut file).take(200).read_to_string(&mut holder));
+            let holder = holder.lines().next().unwrap_or("an unknown process");
+            return Err(Error::new(Kind::InUse, format!("the disk is in use by {holder}"))
+                .on(dir)
+                .fix("Stop that process, or ask it"));
+        }
+        let lock = DiskLock { file, path };
+        lock.write_holder()?;
+        Ok(lock)
+    }
+
+    fn write_holder(&self) -> Result<()> {
+        let io = |e| Error::io("write", &self.path, e);
+        let pid = std::process::id();
+        let name = std::env::current_exe().ok().and_then(|p| Some(p.file_name()?.to_owned()));
+        let name = name.map_or_else(|| "?".into(), |n| n.to_string_lossy().into_owned());
+        let start = start_time(pid).unwrap_or_default();
+        let mut file = &self.file;
+        file.set_len(0).map_err(io)?;
+        file.seek(SeekFrom::Start(0)).map_err(io)?;
+        writeln!(file, "process {pid} ({name}, started at tick {start})").map_err(io)
+    }
+}
+
+impl Drop for DiskLock {
+    fn drop(&mut self) {
+        // The lock goes with the descriptor in any case; the text is a hint.
+        drop(self.file.set_len(0));
+    }
+}
+
+/// Field 22 of /proc/PID/stat: clock ticks between boot and the start of the process.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+    use crate::store::{Access, Store};
+
+    #[test]
+    fn readers_share_and_a_writer_is_alone() {
+        let store = MemoryStore::new();
+        let p = Path::new("/image");
+        drop(store.create(p, 0o600).unwrap());
+        let open = || store.open(p, Access::Write).unwrap();
+        let (a, b) = (open(), open());
+        lock_image(a.as_ref(), Use::Read).unwrap();
+        lock_image(b.as_ref(), Use::Read).unwrap();
+        let e = lock_image(open().as_ref(), Use::Write).unwrap_err();
+        assert_eq!(e.kind(), Kind::InUse);
+        drop((a, b));
+        let w = open();
+        lock_image(w.as_ref(), Use::Write).unwrap();
+        assert_eq!(lock_image(open().as_ref(), Use::Write).unwrap_err().kind(), Kind::InUse);
+        assert_eq!(lock_image(open().as_ref(), Use::Read).unwrap_err().kind(), Kind::InUse);
+        drop(w);
+        lock_image(open().as_ref(), Use::Write).unwrap();
+    }
+
+    #[test]
+    fn a_disk_is_held_once_and_the_second_is_told_by_whom() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = DiskLock::acquire(dir.path()).unwrap();
+        let e = DiskLock::acquire(dir.path()).unwrap_err();
+        assert_eq!(e.kind(), Kind::InUse);
+        assert!(e.to_string().contains(&format!("process {}", std::process::id())), "{e}");
+        drop(held);
+        DiskLock::acquire(dir.path()).unwrap();
+    }
+}

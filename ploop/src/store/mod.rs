@@ -1,0 +1,175 @@
+//! Where files live: the only door from the core to the operating system.
+//!
+//! ```text
+//!   core, snapshots, serve
+//!          │  Store (names)   StoreFile (bytes)
+//!   ┌──────┼───────────────┐
+//!  real   memory        recording
+//! ```
+//!
+//! * [`real`]: files of the host. Blocking system calls on the caller's thread.
+//! * [`memory`]: a file system in memory, for unit and model tests.
+//! * [`recording`]: a memory store that keeps a log of every change and every sync, and can replay
+//!   each state that a power cut could legally leave behind. Crash tests run the shipped code on it.
+//!
+//! Two rules make the recording store honest: nothing else in the workspace that touches image or
+//! descriptor bytes opens files, and no raw descriptor leaves a store.
+//!
+//! Durability, for every store: a change of a file's bytes or length is durable after
+//! [`StoreFile::sync`] on that file has returned; a name (create, rename, remove) is durable after
+//! [`Store::sync_dir`] on its directory has returned. Before that any subset, in any order, may be
+//! lost, sector (512 bytes) by sector.
+
+pub mod memory;
+pub mod real;
+pub mod recording;
+
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, Kind, Result};
+
+pub use real::RealStore;
+
+/// Bytes of a sector: the unit of the on-disk format and of atomic writes.
+pub const SECTOR: u64 = 512;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only; every change is refused by the operating system.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// The kind of a directory entry; symbolic links are not followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Dir,
+    /// A symbolic link.
+    Link,
+    /// A device, pipe or socket.
+    Other,
+}
+
+/// Which file, whatever name it was opened by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId {
+    /// Device number of the file system.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+}
+
+/// Names: a directory tree. All methods block. Paths are used as given (relative ones against the
+/// process's working directory).
+pub trait Store: Send + Sync + Debug {
+    /// Opens an existing regular file. A final symbolic link is followed only by [`Store::resolve`],
+    /// never here. Errors: `NotFound`, `Permission`, `Invalid` for anything but a regular file.
+    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn StoreFile>>;
+
+    /// Creates a file that must not exist, mode `mode`, open for writing. Error: `Exists`.
+    fn create(&self, path: &Path, mode: u32) -> Result<Arc<dyn StoreFile>>;
+
+    /// Renames a file or directory, replacing a file of that name in one step.
+    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+
+    /// Renames a file or directory to a name that must be free. Error: `Exists`.
+    fn rename_new(&self, from: &Path, to: &Path) -> Result<()>;
+
+    /// Removes a file or symbolic link.
+    fn remove_file(&self, path: &Path) -> Result<()>;
+
+    /// Creates a directory that must not exist, with mode 0700. Error: `Exists`.
+    fn create_dir(&self, path: &Path) -> Result<()>;
+
+    /// Removes an empty directory.
+    fn remove_dir(&self, path: &Path) -> Result<()>;
+
+    /// Makes the names in a directory durable.
+    fn sync_dir(&self, path: &Path) -> Result<()>;
+
+    /// The names in a directory, sorted.
+    fn list(&self, path: &Path) -> Result<Vec<PathBuf>>;
+
+    /// What is there under that name, without following a link; `None` when nothing is.
+    fn kind(&self, path: &Path) -> Result<Option<EntryKind>>;
+
+    /// The absolute path with all links and `..` resolved. Error: `NotFound`.
+    fn resolve(&self, path: &Path) -> Result<PathBuf>;
+}
+
+/// Bytes: one open file. All methods block; all are safe to call from many threads at once.
+pub trait StoreFile: Send + Sync + Debug {
+    /// The path that it was opened by.
+    fn path(&self) -> &Path;
+
+    /// Which file it is.
+    fn id(&self) -> FileId;
+
+    /// Length in bytes.
+    fn len(&self) -> Result<u64>;
+
+    /// True when the length is 0.
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Reads until `buf` is full or the file ends; returns the bytes read.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize>;
+
+    /// Writes all of `buf`, extending the file where needed. Error: `NoSpace` among others; then
+    /// any prefix may have been written. Not durable before [`StoreFile::sync`].
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+
+    /// Makes every byte written and every length set before the call durable (fdatasync). After an
+    /// error nothing may be assumed, and a second call must not be believed.
+    fn sync(&self) -> Result<()>;
+
+    /// Cuts or extends the file; new bytes read as zeros and take no space.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Makes the range read as zeros and gives its space back. Never changes the length. Falls back
+    /// to writing zeros where the file system cannot punch.
+    fn punch(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes the range read as zeros and keeps (or takes) its space, so that a later write to it
+    /// does not need any. Never changes the length.
+    fn zero(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// The first range at or after `from` that may hold anything but zeros, cut to `to`; `None` when
+    /// there is none. A store that cannot tell answers the whole range.
+    fn next_data(&self, from: u64, to: u64) -> Result<Option<std::ops::Range<u64>>>;
+
+    /// Takes advisory byte locks and keeps them until the file is dropped; see [`crate::locks`].
+    fn lock_bytes(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// True when a foreign lock would stop an exclusive lock on the range.
+    fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool>;
+}
+
+/// Reads exactly `buf.len()` bytes; a short file is `Corrupt`, naming both numbers.
+pub fn read_exact(file: &dyn StoreFile, buf: &mut [u8], offset: u64) -> Result<()> {
+    let got = file.read_at(buf, offset)?;
+    if got == buf.len() {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Corrupt,
+        format!("the file ends after {got} of {} bytes needed here", buf.len()),
+    )
+    .on(file.path())
+    .at(offset))
+}
+
+/// Reads `buf.len()` bytes; what lies past the end of the file reads as zeros.
+pub fn read_or_zero(file: &dyn StoreFile, buf: &mut [u8], offset: u64) -> Result<()> {
+    let got = file.read_at(buf, offset)?;
+    buf[got..].fill(0);
+    Ok(())
+}

@@ -1,0 +1,262 @@
+//! Files of the host.
+//!
+//! Every call is one blocking system call (more only after a short transfer). `punch` and `zero`
+//! use `fallocate`; a file system without it gets zeros written instead, which is slower and takes
+//! space, but reads the same.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{Access, EntryKind, FileId, Store, StoreFile};
+use crate::error::{Error, Result};
+
+/// The host's file system. Stateless; cheap to clone and share.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealStore;
+
+impl RealStore {
+    /// The store as the trait object that the rest of the core takes.
+    pub fn shared() -> Arc<dyn Store> {
+        Arc::new(RealStore)
+    }
+}
+
+fn open_file(path: &Path, options: &mut OpenOptions, what: &str) -> Result<Arc<dyn StoreFile>> {
+    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    let flags = i32::try_from(flags.bits()).unwrap_or_default();
+    let file = options.custom_flags(flags).open(path).map_err(|e| Error::io(what, path, e))?;
+    let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
+    if !meta.is_file() {
+        return Err(Error::invalid("not a regular file").on(path));
+    }
+    Ok(Arc::new(RealFile {
+        path: path.to_path_buf(),
+        id: FileId { dev: meta.dev(), ino: meta.ino() },
+        file,
+    }))
+}
+
+impl Store for RealStore {
+    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn StoreFile>> {
+        let write = access == Access::Write;
+        open_file(path, OpenOptions::new().read(true).write(write), "open")
+    }
+
+    fn create(&self, path: &Path, mode: u32) -> Result<Arc<dyn StoreFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(mode);
+        open_file(path, &mut options, "create")
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        fs::rename(from, to).map_err(|e| Error::io(format!("rename to {}", to.display()), from, e))
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> Result<()> {
+        let cwd = rustix::fs::CWD;
+        rustix::fs::renameat_with(cwd, from, cwd, to, RenameFlags::NOREPLACE)
+            .map_err(|e| Error::io(format!("rename to {}", to.display()), from, e.into()))
+    }
+
+    fn remove_file(&self, path: &Path) -> Result<()> {
+        fs::remove_file(path).map_err(|e| Error::io("remove", path, e))
+    }
+
+    fn create_dir(&self, path: &Path) -> Result<()> {
+        let made = fs::DirBuilder::new().mode(0o700).create(path);
+        made.map_err(|e| Error::io("create directory", path, e))
+    }
+
+    fn remove_dir(&self, path: &Path) -> Result<()> {
+        fs::remove_dir(path).map_err(|e| Error::io("remove directory", path, e))
+    }
+
+    fn sync_dir(&self, path: &Path) -> Result<()> {
+        let dir = File::open(path).map_err(|e| Error::io("open directory", path, e))?;
+        dir.sync_all().map_err(|e| Error::io("sync directory", path, e))
+    }
+
+    fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let io = |e| Error::io("list directory", path, e);
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path).map_err(io)? {
+            names.push(PathBuf::from(entry.map_err(io)?.file_name()));
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn kind(&self, path: &Path) -> Result<Option<EntryKind>> {
+        let meta = match fs::symlink_metadata(path) {
+            Ok(meta) => meta,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            Err(e) => return Err(Error::io("stat", path, e)),
+        };
+        let t = meta.file_type();
+        Ok(Some(if t.is_file() {
+            EntryKind::File
+        } else if t.is_dir() {
+            EntryKind::Dir
+        } else if t.is_symlink() {
+            EntryKind::Link
+        } else {
+            debug_assert!(t.is_block_device() || t.is_char_device() || t.is_fifo() || t.is_socket());
+            EntryKind::Other
+        }))
+    }
+
+    fn resolve(&self, path: &Path) -> Result<PathBuf> {
+        fs::canonicalize(path).map_err(|e| Error::io("find", path, e))
+    }
+}
+
+#[derive(Debug)]
+struct RealFile {
+    path: PathBuf,
+    id: FileId,
+    file: File,
+}
+
+/// Zeros to write where the file system cannot make them itself.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+impl RealFile {
+    fn err(&self, what: &str, offset: u64, e: io::Error) -> Error {
+        Error::io(what, &self.path, e).at(offset)
+    }
+
+    /// `fallocate` on the part of the range inside the file, zeros where it is not to be had.
+    fn make_zero(&self, flags: FallocateFlags, offset: u64, len: u64) -> Result<()> {
+        let end = offset.saturating_add(len).min(self.len()?);
+        if offset >= end {
+            return Ok(());
+        }
+        let done = loop {
+            match rustix::fs::fallocate(&self.file, flags, offset, end - offset) {
+                Err(Errno::INTR) => {}
+                other => break other,
+            }
+        };
+        match done {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                let mut at = offset;
+                while at < end {
+                    let n = (end - at).min(ZEROS.len() as u64);
+                    self.write_at(&ZEROS[..n as usize], at)?;
+                    at += n;
+                }
+                Ok(())
+            }
+            Err(e) => Err(self.err("zero a range", offset, e.into())),
+        }
+    }
+
+    fn fcntl_lock(&self, command: i32, lock: &mut libc::flock) -> io::Result<()> {
+        // SAFETY: fcntl with a lock command reads and writes one `flock`, which `lock` is, and the
+        // descriptor is open for as long as `self` lives.
+        #[expect(unsafe_code, reason = "rustix locks whole files only; byte ranges need fcntl itself")]
+        let rc = unsafe { libc::fcntl(self.file.as_raw_fd(), command, std::ptr::from_mut(lock)) };
+        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+fn flock(kind: i32, offset: u64, len: u64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: offset as libc::off_t,
+        l_len: len as libc::off_t,
+        l_pid: 0,
+    }
+}
+
+impl StoreFile for RealFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn id(&self) -> FileId {
+        self.id
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(self.file.metadata().map_err(|e| Error::io("stat", &self.path, e))?.len())
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.err("read", offset + done as u64, e)),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.file.write_all_at(buf, offset).map_err(|e| self.err("write", offset, e))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io("sync", &self.path, e))
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.file.set_len(len).map_err(|e| self.err("set the length", len, e))
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.make_zero(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        self.make_zero(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)
+    }
+
+    fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
+        let io = |e: Errno| self.err("seek", from, e.into());
+        // pread and pwrite never use the file position, so moving it here disturbs nobody; two
+        // threads that seek at once each get their own answer as the return value.
+        let start = match rustix::fs::seek(self.file.as_fd(), SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL) => from,
+            Err(e) => return Err(io(e)),
+        };
+        if start >= to {
+            return Ok(None);
+        }
+        let end = match rustix::fs::seek(self.file.as_fd(), SeekFrom::Hole(start)) {
+            Ok(end) => end,
+            Err(Errno::NXIO | Errno::INVAL) => to,
+            Err(e) => return Err(io(e)),
+        };
+        Ok(Some(start..end.clamp(start + 1, to.max(start + 1))))
+    }
+
+    fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        let mut lock = flock(libc::F_RDLCK, offset, len);
+        self.fcntl_lock(libc::F_OFD_SETLK, &mut lock).map_err(|e| self.err("lock bytes", offset, e))
+    }
+
+    fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {
+        let mut lock = flock(libc::F_WRLCK, offset, len);
+        let asked = self.fcntl_lock(libc::F_OFD_GETLK, &mut lock);
+        asked.map_err(|e| self.err("look for locks", offset, e))?;
+        Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+    }
+}

@@ -1,0 +1,136 @@
+//! The checks. Opening for writing uses them, and so does `fsck`: there is one checker.
+//!
+//! Pure: reads, never writes, and returns [`Finding`]s. Memory is in proportion to the non-zero
+//! entries that the file really has, never to numbers it claims: only the BAT's non-hole extents
+//! are read, and of them only non-zero entries are kept.
+
+mod image;
+mod merge;
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+pub use merge::merge_untouched;
+pub use image::{ImageScan, PAGE_ENTRIES, scan_image};
+
+/// How bad a finding is. The class of a whole check is the worst of its findings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
+    /// Nothing to find.
+    Clean,
+    /// Space or files are lost, nothing else.
+    Leak,
+    /// Not closed cleanly, or an operation was interrupted.
+    Dirty,
+    /// The bytes contradict the format.
+    Corrupt,
+}
+
+impl Class {
+    /// The class's name in JSON: `clean`, `leak`, `dirty`, `corrupt`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Clean => "clean",
+            Class::Leak => "leak",
+            Class::Dirty => "dirty",
+            Class::Corrupt => "corrupt",
+        }
+    }
+}
+
+/// What was found. The names are stable: they appear in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FindingKind {
+    /// The in-use mark is set.
+    InUse,
+    /// A version conversion was interrupted.
+    ConversionInterrupted,
+    /// Two entries name one cluster.
+    DuplicateEntry,
+    /// An entry points past the end of the file.
+    EntryBeyondEof,
+    /// The end of the file cuts an entry's cluster.
+    ClusterTruncated,
+    /// An entry points into the header or BAT.
+    EntryInMetadata,
+    /// A v1 entry is off the cluster grid.
+    MisalignedEntry,
+    /// A BAT slot behind the last entry is not zero.
+    SlotPastEnd,
+    /// The number of entries does not fit the size.
+    EntryCountMismatch,
+    /// Header flags that nobody defined.
+    UnknownFlags,
+    /// The file goes on behind the last cluster in use.
+    LeakedTail,
+    /// Clusters inside the file that no entry names.
+    UnreferencedClusters,
+    /// The file's length is no multiple of the cluster.
+    LengthMisaligned,
+    /// The format extension lies outside the file.
+    ExtensionDangling,
+    /// The format extension does not begin with its magic.
+    ExtensionMagic,
+    /// A BAT entry names the cluster of the format extension.
+    ExtensionOverlapsData,
+    /// The extension has a feature that we must not write without understanding.
+    UnknownFeature,
+}
+
+impl FindingKind {
+    /// The kind's stable name.
+    pub fn name(self) -> &'static str {
+        match self {
+            FindingKind::InUse => "in-use",
+            FindingKind::ConversionInterrupted => "conversion-interrupted",
+            FindingKind::DuplicateEntry => "duplicate-entry",
+            FindingKind::EntryBeyondEof => "entry-beyond-eof",
+            FindingKind::ClusterTruncated => "cluster-truncated",
+            FindingKind::EntryInMetadata => "entry-in-metadata",
+            FindingKind::MisalignedEntry => "misaligned-entry",
+            FindingKind::SlotPastEnd => "slot-past-end",
+            FindingKind::EntryCountMismatch => "entry-count-mismatch",
+            FindingKind::UnknownFlags => "unknown-flags",
+            FindingKind::LeakedTail => "leaked-tail",
+            FindingKind::UnreferencedClusters => "unreferenced-clusters",
+            FindingKind::LengthMisaligned => "length-misaligned",
+            FindingKind::ExtensionDangling => "extension-dangling",
+            FindingKind::ExtensionMagic => "extension-magic",
+            FindingKind::ExtensionOverlapsData => "extension-overlaps-data",
+            FindingKind::UnknownFeature => "unknown-feature",
+        }
+    }
+
+    /// How bad it is.
+    pub fn class(self) -> Class {
+        match self {
+            FindingKind::InUse | FindingKind::ConversionInterrupted => Class::Dirty,
+            FindingKind::LeakedTail
+            | FindingKind::UnreferencedClusters
+            | FindingKind::LengthMisaligned => Class::Leak,
+            FindingKind::UnknownFeature => Class::Clean,
+            _ => Class::Corrupt,
+        }
+    }
+}
+
+/// One thing that was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What kind of thing.
+    pub kind: FindingKind,
+    /// In which file.
+    pub path: PathBuf,
+    /// At which byte of it.
+    pub offset: u64,
+    /// The guest bytes concerned, where there are any.
+    pub guest: Option<Range<u64>>,
+    /// One sentence with all operands.
+    pub what: String,
+}
+
+/// The worst class among `findings`.
+pub fn class_of(findings: &[Finding]) -> Class {
+    findings.iter().map(|f| f.kind.class()).max().unwrap_or(Class::Clean)
+}

@@ -1,0 +1,6 @@
+//! What the end-to-end tests share: the corpus, tools, hashes.
+
+#![allow(clippy::unwrap_used, reason = "in tests a panic with a line number is the report")]
+
+pub mod corpus;
+pub mod tools;

@@ -1,0 +1,76 @@
+//! Every case of the corpus through the library: the right bytes, or a clear refusal.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use ploop::disk::Disk;
+use ploop::disk::open::{OpenOptions, Opener, Source};
+use ploop::device::Device;
+use ploop_tests::corpus::{self, Case};
+
+fn open(case: &Case, dir: &Path, node: &str, allow: bool) -> ploop::Result<Disk> {
+    let entry = dir.join(case.text("entry"));
+    let text = match node {
+        "top" => entry.display().to_string(),
+        guid => format!("{}@{guid}", entry.display()),
+    };
+    let opener = Opener::host();
+    let source = Source::parse(opener.store().as_ref(), &text)?;
+    let allow = if allow { vec![dir.to_path_buf()] } else { vec![] };
+    opener.open(&source, &OpenOptions { allow, ..OpenOptions::default() })
+}
+
+/// The digest of one node, and whether it is the expected one.
+fn right(case: &Case, dir: &Path, node: &str, allow: bool) -> ploop::Result<bool> {
+    let disk = open(case, dir, node, allow)?;
+    let (full, blocks) = case.hashes().remove(node).unwrap();
+    if let Some(size) = case.expect["virtual_bytes"].as_u64()
+        && node == "top"
+        && disk.size() != size
+    {
+        return Ok(false);
+    }
+    if disk.size() <= 1 << 30 && let Some(full) = full {
+        return Ok(corpus::full_digest(&disk)? == full);
+    }
+    Ok(corpus::blocks_digest(&disk)? == blocks.unwrap())
+}
+
+#[test]
+fn every_case_reads_exactly_or_is_refused_with_the_file_named() {
+    let mut wrong = Vec::new();
+    for case in corpus::cases() {
+        let tmp = case.unpack();
+        let dir = std::fs::canonicalize(tmp.path()).unwrap();
+        let rule = case.read_rule().to_owned();
+        let needs_allow = rule == "needs-permission" || case.text("group") == "volume";
+        let nodes: Vec<String> = match case.hashes().into_keys().collect::<Vec<_>>() {
+            none if none.is_empty() => vec!["top".into()],
+            some => some.into_iter().filter(|n| !n.starts_with("snapshot:")).collect(),
+        };
+        for node in nodes {
+            let known = case.hashes().contains_key(&node);
+            let verdict = match known {
+                true => right(&case, &dir, &node, needs_allow),
+                false => open(&case, &dir, &node, needs_allow)
+                    .and_then(|d| corpus::blocks_digest(&d).map(|_| false)),
+            };
+            let ok = match (rule.as_str(), &verdict) {
+                ("exact" | "needs-permission", v) => matches!(v, Ok(true)),
+                ("exact-or-refuse", v) => matches!(v, Ok(true) | Err(_)),
+                ("refuse" | "fault", v) => v.is_err() || (node != "top" && matches!(v, Ok(true))),
+                ("any", _) => true,
+                (rule, _) => panic!("{}: unknown rule {rule}", case.name),
+            };
+            let named = verdict.as_ref().err().is_none_or(|e| e.path().is_some());
+            if !ok || !named {
+                wrong.push(format!("{} {node} [{rule}]: {verdict:?}", case.name));
+            }
+            if std::env::var_os("PLOOP_CORPUS_VERBOSE").is_some() {
+                println!("{} {node} [{rule}]: {verdict:?}", case.name);
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
