@@ -1,2 +1,20 @@
-//! cli
-fn main() {}
+//! The `ploop` command: parse, call one function, print. No logic worth a test of its own.
+
+mod args;
+mod cmd;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    output::log_to_stderr(cli.verbose);
+    match cmd::run(&cli) {
+        Ok(code) => code,
+        Err(e) => output::report(&e, cli.command.wants_json()),
+    }
+}

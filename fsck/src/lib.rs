@@ -1,1 +1,92 @@
-//! fsck
+//! What is wrong with an image or a disk. Looks only: nothing here writes.
+//!
+//! ```text
+//!  check ─┬─ disk    descriptor, tree, parent volumes, leftovers ─┐
+//!         ├─ image   one ploop file: ploop::verify, or the reason  ├─► Findings ─► Report
+//!         └─ qcow2   a qcow2 file and those below it              ─┘
+//! ```
+//!
+//! There is one checker of ploop images, [`ploop::verify`]; this crate puts files together and says
+//! the result in stable words. Three answers, never mixed up:
+//!
+//! * a [`Report`]: it was looked at, and this is what is wrong. What contradicts the format so much
+//!   that it cannot be opened is a finding of class corrupt, too;
+//! * `Unsupported`: sound, as far as one can tell, but not to be judged here; says what it is;
+//! * any other error: it could not be looked at (not there, in use, an I/O error).
+//!
+//! Not looked at: the checksum and content of format extensions, the refcounts of qcow2, the file
+//! system inside. A class of clean is about the tables, headers and descriptor only.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod disk;
+mod image;
+mod names;
+mod qcow2;
+mod report;
+
+use ploop::disk::open::{Format, OpenOptions, Opener, Source};
+use ploop::format::qcow2::is_qcow2;
+use ploop::locks::{Use, lock_image};
+use ploop::store::Access;
+use ploop::{Error, Result};
+
+pub use ploop::verify::Class;
+pub use report::{FINDINGS_MAX, Finding, Report};
+
+use report::Findings;
+
+/// Looks at an image, or at a disk with all its images and those of parent volumes that it needs.
+/// Writes nothing, whatever `options` say. Blocks; reads the tables of every image.
+///
+/// Errors: `Unsupported` for what cannot be judged here; `InUse` for what another program writes;
+/// `NotFound` for the source itself; `Io`. A file that is missing or damaged below the source is a
+/// finding.
+pub fn check(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<Report> {
+    if source.snapshot.is_some() {
+        return Err(
+            Error::invalid("a check looks at all of a disk, not at one snapshot")
+                .on(&source.path)
+                .fix("Leave out @SNAPSHOT"),
+        );
+    }
+    let options = OpenOptions {
+        write: false,
+        ..options.clone()
+    };
+    let mut found = Findings::default();
+    if source.descriptor {
+        disk::check(opener, source, &options, &mut found)?;
+    } else {
+        check_image(opener, source, &options, &mut found)?;
+    }
+    Ok(found.into_report())
+}
+
+fn check_image(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    found: &mut Findings,
+) -> Result<()> {
+    let store = opener.store();
+    let real = store.resolve(&source.path)?;
+    let file = store.open(&real, Access::Read)?;
+    let mut head = [0; 8];
+    let got = file.read_at(&mut head, 0)?;
+    let format = match options.format {
+        Some(format) => format,
+        None if source.path.extension().is_some_and(|e| e == "raw") => Format::Raw,
+        None if is_qcow2(&head[..got]) => Format::Qcow2,
+        None => Format::Ploop,
+    };
+    match format {
+        Format::Raw => lock_image(file.as_ref(), Use::Read),
+        Format::Qcow2 => qcow2::check(store.as_ref(), &real, options, found),
+        Format::Ploop => {
+            lock_image(file.as_ref(), Use::Read)?;
+            image::check(file.as_ref(), found)?;
+            image::check_backup(store.as_ref(), &real, found)
+        }
+    }
+}

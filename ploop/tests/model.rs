@@ -43,7 +43,7 @@ fn env(name: &str, default: u64) -> u64 {
 /// A file that holds `size` bytes of which about half are not zero, as a closed ploop image.
 fn base(store: &MemoryStore, rng: &mut Rng, version: Version, clusters: u64, oracle: &mut [u8]) {
     let header = Header::new(version, 64, clusters * 64).unwrap();
-    fmt::create(store, Path::new("/base"), &header).unwrap();
+    fmt::create(store, Path::new("/base"), &header, 0o600).unwrap();
     let disk = open(store, Path::new("/base"), None);
     for _ in 0..clusters {
         let at = rng.below(oracle.len() as u64) / 512 * 512;
@@ -135,7 +135,7 @@ fn run(seed: u64, ops: u64, version: Version, with_base: bool) {
         oracle.copy_from_slice(&base_bytes);
     }
     let header = Header::new(version, 64, clusters * 64).unwrap();
-    fmt::create(&store, Path::new("/top"), &header).unwrap();
+    fmt::create(&store, Path::new("/top"), &header, 0o600).unwrap();
     let below = || with_base.then(|| sealed(&store, Path::new("/base")));
     let mut disk = open(&store, Path::new("/top"), below());
     for i in 0..ops {
@@ -179,7 +179,7 @@ fn writers_of_one_cluster_and_of_many_lose_nothing() {
     let mut bytes = vec![0; (16 * CLUSTER) as usize];
     base(&store, &mut rng, Version::V2, 16, &mut bytes);
     let header = Header::new(Version::V2, 64, 16 * 64).unwrap();
-    fmt::create(&store, Path::new("/top"), &header).unwrap();
+    fmt::create(&store, Path::new("/top"), &header, 0o600).unwrap();
     let below = sealed(&store, Path::new("/base"));
     let disk = open(&store, Path::new("/top"), Some(below));
     // Eight threads share every cluster: thread t owns each sector s with s % 8 == t.

@@ -120,21 +120,31 @@ pub fn parse_status(style: Style, payload: &[u8]) -> Result<(u32, Vec<Extent>)> 
     if style == Style::Extended {
         let count = u32_at(payload, 4)? as usize;
         if payload.len() != status_len(style, count) {
-            return Err(Error::Malformed("a status has another length than its count says"));
+            return Err(Error::Malformed(
+                "a status has another length than its count says",
+            ));
         }
         for e in payload[8..].chunks_exact(16) {
-            extents.push(Extent { len: u64_at(e, 0)?, flags: u32_at(e, 12)? });
+            extents.push(Extent {
+                len: u64_at(e, 0)?,
+                flags: u32_at(e, 12)?,
+            });
         }
     } else {
         if payload.len() % 8 != 4 {
             return Err(Error::Malformed("a status does not end with an extent"));
         }
         for e in payload[4..].chunks_exact(8) {
-            extents.push(Extent { len: u64::from(u32_at(e, 0)?), flags: u32_at(e, 4)? });
+            extents.push(Extent {
+                len: u64::from(u32_at(e, 0)?),
+                flags: u32_at(e, 4)?,
+            });
         }
     }
     if extents.is_empty() || extents.iter().any(|e| e.len == 0) {
-        return Err(Error::Malformed("a status without extents, or with an empty one"));
+        return Err(Error::Malformed(
+            "a status without extents, or with an empty one",
+        ));
     }
     Ok((context, extents))
 }
@@ -152,7 +162,11 @@ pub fn error_len(message: &str, offset: Option<u64>) -> usize {
 pub fn put_error(error: u32, message: &str, offset: Option<u64>, out: &mut impl Put) {
     let message = clip(message).as_bytes();
     out.put(&error.to_be_bytes());
-    out.put(&u16::try_from(message.len()).unwrap_or(u16::MAX).to_be_bytes());
+    out.put(
+        &u16::try_from(message.len())
+            .unwrap_or(u16::MAX)
+            .to_be_bytes(),
+    );
     out.put(message);
     if let Some(offset) = offset {
         out.put(&offset.to_be_bytes());
@@ -164,7 +178,11 @@ pub fn parse_error(payload: &[u8], with_offset: bool) -> Result<(u32, &str, Opti
     let error = u32_at(payload, 0)?;
     let end = AT_MESSAGE + usize::from(u16_at(payload, AT_MESSAGE_LENGTH)?);
     let message = string(payload.get(AT_MESSAGE..end).ok_or(Error::NeedMore(end))?)?;
-    let offset = if with_offset { Some(u64_at(payload, end)?) } else { None };
+    let offset = if with_offset {
+        Some(u64_at(payload, end)?)
+    } else {
+        None
+    };
     Ok((error, message, offset))
 }
 
@@ -185,7 +203,16 @@ mod tests {
 
     #[test]
     fn status_round_trip() {
-        let extents = [Extent { len: 4096, flags: 0 }, Extent { len: 1 << 31, flags: 3 }];
+        let extents = [
+            Extent {
+                len: 4096,
+                flags: 0,
+            },
+            Extent {
+                len: 1 << 31,
+                flags: 3,
+            },
+        ];
         for style in [Style::Structured, Style::Extended] {
             let mut out = Vec::new();
             put_status_head(style, 1, 2, &mut out);
@@ -196,19 +223,32 @@ mod tests {
             assert_eq!(parse_status(style, &out), Ok((1, extents.to_vec())));
             for cut in 0..out.len() {
                 let cut_at_an_extent = style == Style::Structured && cut == 12;
-                assert_eq!(parse_status(style, &out[..cut]).is_ok(), cut_at_an_extent, "{cut}");
+                assert_eq!(
+                    parse_status(style, &out[..cut]).is_ok(),
+                    cut_at_an_extent,
+                    "{cut}"
+                );
             }
         }
     }
 
     #[test]
     fn a_long_extent_is_cut_in_a_compact_status_only() {
-        let long = Extent { len: 1 << 40, flags: 0 };
-        for (style, len) in [(Style::Structured, MAX_COMPACT_EXTENT), (Style::Extended, 1 << 40)] {
+        let long = Extent {
+            len: 1 << 40,
+            flags: 0,
+        };
+        for (style, len) in [
+            (Style::Structured, MAX_COMPACT_EXTENT),
+            (Style::Extended, 1 << 40),
+        ] {
             let mut out = Vec::new();
             put_status_head(style, 1, 1, &mut out);
             put_extent(style, long, &mut out);
-            assert_eq!(parse_status(style, &out).unwrap().1, [Extent { len, flags: 0 }]);
+            assert_eq!(
+                parse_status(style, &out).unwrap().1,
+                [Extent { len, flags: 0 }]
+            );
         }
     }
 

@@ -63,10 +63,13 @@ impl Greeting {
 
     /// Reads a greeting from the start of `bytes`.
     pub fn parse(bytes: &[u8]) -> Result<Greeting> {
-        if u64_at(bytes, 0)? != INIT_MAGIC || u64_at(bytes, Self::AT_OPTION_MAGIC)? != OPTION_MAGIC {
+        if u64_at(bytes, 0)? != INIT_MAGIC || u64_at(bytes, Self::AT_OPTION_MAGIC)? != OPTION_MAGIC
+        {
             return Err(Error::Malformed("not an NBD newstyle greeting"));
         }
-        Ok(Greeting { flags: u16_at(bytes, Self::AT_FLAGS)? })
+        Ok(Greeting {
+            flags: u16_at(bytes, Self::AT_FLAGS)?,
+        })
     }
 
     /// Appends the greeting.
@@ -173,7 +176,10 @@ mod tests {
 
     #[test]
     fn export_reply_with_and_without_zeros() {
-        let reply = ExportReply { size: 1 << 40, flags: 0x155 };
+        let reply = ExportReply {
+            size: 1 << 40,
+            flags: 0x155,
+        };
         for (zeroes, len) in [(true, 134), (false, 10)] {
             let mut out = Vec::new();
             reply.emit(zeroes, &mut out);

@@ -108,7 +108,10 @@ pub fn clip(text: &str) -> &str {
 
 /// Checks that every proper prefix of `whole` asks for more, without panic.
 #[cfg(test)]
-fn check_truncation<T: std::fmt::Debug>(whole: &[u8], parse: impl Fn(&[u8]) -> Result<T>) {
+fn check_truncation<'a, T: std::fmt::Debug>(
+    whole: &'a [u8],
+    parse: impl Fn(&'a [u8]) -> Result<T>,
+) {
     assert!(parse(whole).is_ok(), "{:?}", parse(whole));
     for cut in 0..whole.len() {
         match parse(&whole[..cut]) {

@@ -89,7 +89,10 @@ impl Header {
             return Err(Error::Malformed("an option does not start with IHAVEOPT"));
         }
         let option = u32_at(bytes, Self::AT_OPTION)?;
-        Ok(Header { option, length: u32_at(bytes, Self::AT_LENGTH)? })
+        Ok(Header {
+            option,
+            length: u32_at(bytes, Self::AT_LENGTH)?,
+        })
     }
 
     /// Appends the header.
@@ -144,7 +147,9 @@ impl<'a> InfoRequest<'a> {
         let count = u16_at(rest, 0).map_err(|_| Error::Malformed("the count is missing"))?;
         let wanted = &rest[Self::COUNT..];
         if wanted.len() != usize::from(count) * 2 {
-            return Err(Error::Malformed("the count of information requests is not their number"));
+            return Err(Error::Malformed(
+                "the count of information requests is not their number",
+            ));
         }
         Ok(InfoRequest { name, wanted })
     }
@@ -157,7 +162,11 @@ impl<'a> InfoRequest<'a> {
     /// Appends the data of an option that asks for `wanted`.
     pub fn emit(name: &str, wanted: &[u16], out: &mut impl Put) {
         put_counted(name, out);
-        out.put(&u16::try_from(wanted.len()).unwrap_or(u16::MAX).to_be_bytes());
+        out.put(
+            &u16::try_from(wanted.len())
+                .unwrap_or(u16::MAX)
+                .to_be_bytes(),
+        );
         for kind in wanted {
             out.put(&kind.to_be_bytes());
         }
@@ -204,7 +213,11 @@ impl<'a> MetaRequest<'a> {
     /// Appends the data of an option with these queries.
     pub fn emit(name: &str, queries: &[&str], out: &mut impl Put) {
         put_counted(name, out);
-        out.put(&u32::try_from(queries.len()).unwrap_or(u32::MAX).to_be_bytes());
+        out.put(
+            &u32::try_from(queries.len())
+                .unwrap_or(u32::MAX)
+                .to_be_bytes(),
+        );
         for query in queries {
             put_counted(query, out);
         }
@@ -220,7 +233,13 @@ mod tests {
     fn header_round_trip() {
         let mut out = Vec::new();
         emit(kind::GO, b"xyz", &mut out);
-        assert_eq!(Header::parse(&out), Ok(Header { option: 7, length: 3 }));
+        assert_eq!(
+            Header::parse(&out),
+            Ok(Header {
+                option: 7,
+                length: 3
+            })
+        );
         assert_eq!(&out[Header::LEN..], b"xyz");
         check_truncation(&out[..Header::LEN], Header::parse);
         out[0] = 0;
@@ -235,7 +254,10 @@ mod tests {
         assert_eq!(request.name, "disk");
         assert!(request.wants(info::BLOCK_SIZE) && request.wants(77) && !request.wants(info::NAME));
         for cut in 0..data.len() {
-            assert!(matches!(InfoRequest::parse(&data[..cut]), Err(Error::Malformed(_))), "{cut}");
+            assert!(
+                matches!(InfoRequest::parse(&data[..cut]), Err(Error::Malformed(_))),
+                "{cut}"
+            );
         }
         data.push(0);
         assert!(InfoRequest::parse(&data).is_err());
@@ -246,8 +268,14 @@ mod tests {
         for claimed in [5u32, 4096, 4097, u32::MAX] {
             let mut data = claimed.to_be_bytes().to_vec();
             data.extend(b"disk\0\0");
-            assert!(matches!(InfoRequest::parse(&data), Err(Error::Malformed(_))), "{claimed}");
-            assert!(matches!(MetaRequest::parse(&data), Err(Error::Malformed(_))), "{claimed}");
+            assert!(
+                matches!(InfoRequest::parse(&data), Err(Error::Malformed(_))),
+                "{claimed}"
+            );
+            assert!(
+                matches!(MetaRequest::parse(&data), Err(Error::Malformed(_))),
+                "{claimed}"
+            );
         }
     }
 
@@ -259,7 +287,10 @@ mod tests {
         assert_eq!(request.name, "");
         assert_eq!(request.queries().collect::<Vec<_>>(), ["base:", "x-y:z"]);
         for cut in 0..data.len() {
-            assert!(matches!(MetaRequest::parse(&data[..cut]), Err(Error::Malformed(_))), "{cut}");
+            assert!(
+                matches!(MetaRequest::parse(&data[..cut]), Err(Error::Malformed(_))),
+                "{cut}"
+            );
         }
         data.push(0);
         assert!(MetaRequest::parse(&data).is_err());

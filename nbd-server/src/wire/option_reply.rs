@@ -71,7 +71,11 @@ impl Header {
         }
         let option = u32_at(bytes, Self::AT_OPTION)?;
         let kind = u32_at(bytes, Self::AT_KIND)?;
-        Ok(Header { option, kind, length: u32_at(bytes, Self::AT_LENGTH)? })
+        Ok(Header {
+            option,
+            kind,
+            length: u32_at(bytes, Self::AT_LENGTH)?,
+        })
     }
 
     /// Appends the header.
@@ -88,7 +92,12 @@ fn emit(option: u32, kind: u32, parts: &[&[u8]], out: &mut impl Put) {
     // Every string is clipped to 4096 bytes, so the sum is small.
     let length = parts.iter().map(|p| p.len()).sum::<usize>();
     let length = u32::try_from(length).unwrap_or(u32::MAX);
-    Header { option, kind, length }.emit(out);
+    Header {
+        option,
+        kind,
+        length,
+    }
+    .emit(out);
     for part in parts {
         out.put(part);
     }
@@ -114,12 +123,22 @@ pub fn server(option: u32, name: &str, description: &str, out: &mut impl Put) {
 /// Appends the size and transmission flags of an export.
 pub fn info_export(option: u32, size: u64, flags: u16, out: &mut impl Put) {
     let kind = info::EXPORT.to_be_bytes();
-    emit(option, kind::INFO, &[&kind, &size.to_be_bytes(), &flags.to_be_bytes()], out);
+    emit(
+        option,
+        kind::INFO,
+        &[&kind, &size.to_be_bytes(), &flags.to_be_bytes()],
+        out,
+    );
 }
 
 /// Appends a text about an export: `what` is [`info::NAME`] or [`info::DESCRIPTION`].
 pub fn info_text(option: u32, what: u16, text: &str, out: &mut impl Put) {
-    emit(option, kind::INFO, &[&what.to_be_bytes(), clip(text).as_bytes()], out);
+    emit(
+        option,
+        kind::INFO,
+        &[&what.to_be_bytes(), clip(text).as_bytes()],
+        out,
+    );
 }
 
 /// Smallest, preferred and largest request, in bytes.
@@ -143,7 +162,12 @@ pub fn info_block_size(option: u32, sizes: BlockSize, out: &mut impl Put) {
 
 /// Appends one metadata context.
 pub fn meta_context(option: u32, id: u32, name: &str, out: &mut impl Put) {
-    emit(option, kind::META_CONTEXT, &[&id.to_be_bytes(), clip(name).as_bytes()], out);
+    emit(
+        option,
+        kind::META_CONTEXT,
+        &[&id.to_be_bytes(), clip(name).as_bytes()],
+        out,
+    );
 }
 
 /// One whole answer at the start of `bytes`: its header, its data, and the bytes of both.
@@ -163,7 +187,10 @@ mod tests {
         let mut out = Vec::new();
         make(&mut out);
         let (header, data, end) = parse(&out).unwrap();
-        assert_eq!((header.option, header.kind, end), (7, expect_kind, out.len()));
+        assert_eq!(
+            (header.option, header.kind, end),
+            (7, expect_kind, out.len())
+        );
         assert_eq!(data, expect);
         check_truncation(&out, parse);
     }
@@ -171,14 +198,26 @@ mod tests {
     #[test]
     fn every_answer_has_the_bytes_of_the_protocol() {
         check(kind::ACK, b"", |o| ack(7, o));
-        check(kind::ERR_UNKNOWN, b"no such", |o| error(7, kind::ERR_UNKNOWN, "no such", o));
-        check(kind::SERVER, b"\0\0\0\x02abtext", |o| server(7, "ab", "text", o));
-        check(kind::INFO, &[0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1, 1], |o| info_export(7, 512, 257, o));
-        check(kind::INFO, b"\0\x01name", |o| info_text(7, info::NAME, "name", o));
+        check(kind::ERR_UNKNOWN, b"no such", |o| {
+            error(7, kind::ERR_UNKNOWN, "no such", o)
+        });
+        check(kind::SERVER, b"\0\0\0\x02abtext", |o| {
+            server(7, "ab", "text", o)
+        });
+        check(kind::INFO, &[0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1, 1], |o| {
+            info_export(7, 512, 257, o)
+        });
+        check(kind::INFO, b"\0\x01name", |o| {
+            info_text(7, info::NAME, "name", o)
+        });
         check(kind::META_CONTEXT, b"\0\0\0\x01base:allocation", |o| {
             meta_context(7, 1, "base:allocation", o);
         });
-        let sizes = BlockSize { minimum: 1, preferred: 4096, maximum: 1 << 25 };
+        let sizes = BlockSize {
+            minimum: 1,
+            preferred: 4096,
+            maximum: 1 << 25,
+        };
         let expect = [0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0];
         check(kind::INFO, &expect, |o| info_block_size(7, sizes, o));
     }

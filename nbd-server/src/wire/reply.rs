@@ -108,7 +108,9 @@ impl Chunk {
             _ => return Err(Error::Malformed("not a reply chunk")),
         };
         let len = Self::header_len(style);
-        let Some(b) = bytes.get(..len) else { return Err(Error::NeedMore(len)) };
+        let Some(b) = bytes.get(..len) else {
+            return Err(Error::NeedMore(len));
+        };
         let (offset, length) = match style {
             Style::Extended => {
                 let length = u64_at(b, Self::AT_LENGTH_EXTENDED)?;
@@ -118,7 +120,13 @@ impl Chunk {
         };
         let length = length.ok_or(Error::Malformed("a chunk is longer than 4 GiB"))?;
         let (flags, kind) = (u16_at(b, Self::AT_FLAGS)?, u16_at(b, Self::AT_KIND)?);
-        let chunk = Chunk { flags, kind, cookie: u64_at(b, Self::AT_COOKIE)?, offset, length };
+        let chunk = Chunk {
+            flags,
+            kind,
+            cookie: u64_at(b, Self::AT_COOKIE)?,
+            offset,
+            length,
+        };
         Ok((chunk, style))
     }
 
@@ -126,7 +134,11 @@ impl Chunk {
     /// [`Chunk::header_len`] of them.
     pub fn write(&self, style: Style, to: &mut [u8]) {
         let extended = style == Style::Extended;
-        let magic = if extended { EXTENDED_MAGIC } else { STRUCTURED_MAGIC };
+        let magic = if extended {
+            EXTENDED_MAGIC
+        } else {
+            STRUCTURED_MAGIC
+        };
         to[..Self::AT_FLAGS].copy_from_slice(&magic.to_be_bytes());
         to[Self::AT_FLAGS..Self::AT_KIND].copy_from_slice(&self.flags.to_be_bytes());
         to[Self::AT_KIND..Self::AT_COOKIE].copy_from_slice(&self.kind.to_be_bytes());
@@ -156,7 +168,10 @@ mod tests {
 
     #[test]
     fn simple_round_trip() {
-        let reply = Simple { error: 5, cookie: 0x1122_3344_5566_7788 };
+        let reply = Simple {
+            error: 5,
+            cookie: 0x1122_3344_5566_7788,
+        };
         let bytes = reply.bytes();
         assert_eq!(&bytes[..8], b"\x67\x44\x66\x98\0\0\0\x05");
         assert_eq!(Simple::parse(&bytes), Ok(reply));
@@ -167,7 +182,13 @@ mod tests {
     #[test]
     fn chunk_round_trip() {
         for (style, offset, len) in [(Style::Structured, 0, 20), (Style::Extended, 1 << 50, 32)] {
-            let chunk = Chunk { flags: DONE, kind: 5, cookie: 99, offset, length: 12 };
+            let chunk = Chunk {
+                flags: DONE,
+                kind: 5,
+                cookie: 99,
+                offset,
+                length: 12,
+            };
             let mut out = Vec::new();
             chunk.emit(style, &mut out);
             assert_eq!(out.len(), len);
@@ -180,7 +201,14 @@ mod tests {
     #[test]
     fn a_chunk_of_more_than_four_gib_is_refused() {
         let mut out = Vec::new();
-        Chunk { flags: 0, kind: 1, cookie: 0, offset: 0, length: 1 }.emit(Style::Extended, &mut out);
+        Chunk {
+            flags: 0,
+            kind: 1,
+            cookie: 0,
+            offset: 0,
+            length: 1,
+        }
+        .emit(Style::Extended, &mut out);
         out[24] = 1;
         assert!(matches!(Chunk::parse(&out), Err(Error::Malformed(_))));
     }

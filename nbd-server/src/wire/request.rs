@@ -97,9 +97,13 @@ impl Request {
     pub fn parse(bytes: &[u8], style: Style) -> Result<Request> {
         let len = Self::header_len(style);
         if u32_at(bytes, 0).map_err(|_| Error::NeedMore(len))? != Self::magic(style) {
-            return Err(Error::Malformed("a request does not start with its magic number"));
+            return Err(Error::Malformed(
+                "a request does not start with its magic number",
+            ));
         }
-        let Some(header) = bytes.get(..len) else { return Err(Error::NeedMore(len)) };
+        let Some(header) = bytes.get(..len) else {
+            return Err(Error::NeedMore(len));
+        };
         Ok(Request {
             flags: u16_at(header, AT_FLAGS)?,
             kind: u16_at(header, AT_KIND)?,
@@ -143,7 +147,11 @@ mod tests {
                 kind: kind::WRITE_ZEROES,
                 cookie: 0x0102_0304_0506_0708,
                 offset: 1 << 40,
-                length: if style == Style::Extended { 1 << 41 } else { 1 << 31 },
+                length: if style == Style::Extended {
+                    1 << 41
+                } else {
+                    1 << 31
+                },
             };
             let mut out = Vec::new();
             request.emit(style, &mut out);
@@ -155,7 +163,13 @@ mod tests {
 
     #[test]
     fn bytes_of_the_protocol() {
-        let request = Request { flags: 1, kind: 1, cookie: 7, offset: 512, length: 4096 };
+        let request = Request {
+            flags: 1,
+            kind: 1,
+            cookie: 7,
+            offset: 512,
+            length: 4096,
+        };
         let mut out = Vec::new();
         request.emit(Style::Simple, &mut out);
         let expect = b"\x25\x60\x95\x13\0\x01\0\x01\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x02\0\0\0\x10\0";
@@ -165,8 +179,14 @@ mod tests {
     #[test]
     fn the_other_magic_is_refused_at_once() {
         let wrong = EXTENDED_MAGIC.to_be_bytes();
-        assert!(matches!(Request::parse(&wrong, Style::Structured), Err(Error::Malformed(_))));
+        assert!(matches!(
+            Request::parse(&wrong, Style::Structured),
+            Err(Error::Malformed(_))
+        ));
         let wrong = MAGIC.to_be_bytes();
-        assert!(matches!(Request::parse(&wrong, Style::Extended), Err(Error::Malformed(_))));
+        assert!(matches!(
+            Request::parse(&wrong, Style::Extended),
+            Err(Error::Malformed(_))
+        ));
     }
 }

@@ -72,10 +72,12 @@ pub struct Descriptor {
 
 /// Cylinders, heads and sectors per track.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(missing_docs)]
 pub struct Chs {
+    /// `Cylinders`.
     pub cylinders: Option<u64>,
+    /// `Heads`.
     pub heads: Option<u64>,
+    /// `Sectors`: per track.
     pub sectors: Option<u64>,
 }
 
@@ -236,8 +238,10 @@ impl Chs {
         let s = disk_sectors;
         let (heads, cylinders, guess) = if s > 1_032_192 && s < 16_777_216 {
             (16, s / 1008, 63)
-        } else if let Some(track) = [63, 32, 16, 8].into_iter().find(|t| s % t == 0)
-            && let Some(heads) = [16, 8, 4, 2].into_iter().find(|h| (s / track) % h == 0)
+        } else if let Some(track) = [63, 32, 16, 8].into_iter().find(|&t| s.is_multiple_of(t))
+            && let Some(heads) = [16, 8, 4, 2]
+                .into_iter()
+                .find(|&h| (s / track).is_multiple_of(h))
         {
             (heads, s / track / heads, track)
         } else {

@@ -15,6 +15,7 @@
 //! or frees a cluster of an open disk (see [`crate::format::ploop::top`]), so that is all it does.
 
 mod erase;
+pub mod info;
 pub mod open;
 mod write;
 
@@ -167,6 +168,11 @@ impl Disk {
         self.stack.top.as_ref().ok_or_else(|| {
             Error::new(Kind::ReadOnly, "the disk is open read-only").on(self.path())
         })
+    }
+
+    /// What lies below the top; of a read-only disk, all of it.
+    pub fn below(&self) -> Option<&Arc<Chain>> {
+        self.stack.below.as_ref()
     }
 
     /// The file of the uppermost layer.

@@ -105,6 +105,9 @@ pub struct OpenOptions {
     pub format: Option<Format>,
     /// Further directories that files named by files may lie in.
     pub allow: Vec<PathBuf>,
+    /// Refuse a qcow2 image that names a backing file, wherever that is: for images that somebody
+    /// else made.
+    pub alone: bool,
 }
 
 /// Opens disks; keeps what they share. One per process.
@@ -152,10 +155,7 @@ impl Opener {
 
     fn open_image(&self, path: &Path, options: &OpenOptions) -> Result<Disk> {
         let real = self.store.resolve(path)?;
-        let format = match options.format {
-            Some(format) => format,
-            None => self.probe(&real)?,
-        };
+        let format = self.format_of(&real, options)?;
         if !options.write {
             let deltas = match format {
                 Format::Raw => vec![self.layer(&real, None)?],
@@ -177,6 +177,15 @@ impl Opener {
     }
 
     fn open_qcow2(&self, real: &Path, options: &OpenOptions) -> Result<Vec<Arc<dyn Delta>>> {
+        if options.alone {
+            let file = self.store.open(real, Access::Read)?;
+            if let Some(backing) = qcow2::Qcow2Delta::open(file)?.backing() {
+                let what = format!("the image names a backing file, {:?}", backing.name);
+                return Err(Error::new(Kind::Permission, what).on(real).fix(
+                    "Flatten it where it comes from: ploop convert IMAGE FLAT.raw --to raw",
+                ));
+            }
+        }
         let mut allowed: Vec<&Path> = options.allow.iter().map(PathBuf::as_path).collect();
         allowed.extend(real.parent());
         let deltas = qcow2::open_chain(self.store.as_ref(), real, &allowed)?;
@@ -184,6 +193,44 @@ impl Opener {
             lock_image(d.file().as_ref(), Use::Read)?;
         }
         Ok(deltas)
+    }
+
+    /// The format of an image file: what the user said, or what its first bytes say.
+    pub(super) fn format_of(&self, real: &Path, options: &OpenOptions) -> Result<Format> {
+        options.format.map_or_else(|| self.probe(real), Ok)
+    }
+
+    /// The node of a disk that `source` names: a snapshot, or the top.
+    pub(super) fn node(&self, d: &Descriptor, source: &Source) -> Result<Guid> {
+        match &source.snapshot {
+            Some(name) => find_snapshot(d, name).map_err(|e| e.on(&source.path)),
+            None => Ok(d.top),
+        }
+    }
+
+    /// Every image of a disk's own tree with its file, each where it may be.
+    pub(super) fn files_of_tree(
+        &self,
+        d: &Descriptor,
+        xml: &Path,
+        options: &OpenOptions,
+    ) -> Result<Vec<(Guid, PathBuf)>> {
+        let xml = self.store.resolve(xml)?;
+        let (dir, allowed) = self.rooms(&xml, options)?;
+        let file = |i: &descriptor::Image| {
+            Ok((i.guid, self.confined(&dir.join(&i.file), &allowed)?))
+        };
+        d.images.iter().map(file).collect()
+    }
+
+    /// The directory of a descriptor, and the directories that its files may lie in.
+    fn rooms(&self, xml: &Path, options: &OpenOptions) -> Result<(PathBuf, Vec<PathBuf>)> {
+        let dir = xml.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let mut allowed = vec![dir.clone()];
+        for a in &options.allow {
+            allowed.push(self.store.resolve(a)?);
+        }
+        Ok((dir, allowed))
     }
 
     /// What the first bytes of an image file say. A raw file says nothing, so it is only taken for
@@ -236,23 +283,16 @@ impl Opener {
 
     fn open_descriptor(&self, source: &Source, options: &OpenOptions) -> Result<Disk> {
         let xml = self.store.resolve(&source.path)?;
-        let dir = xml.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let (dir, allowed) = self.rooms(&xml, options)?;
         // The lock comes before the descriptor is read: who changes it holds the lock.
         let lock = match options.write && self.disk_locks {
             true => Some(DiskLock::acquire(&dir)?),
             false => None,
         };
         let d = self.read_descriptor(&xml)?;
-        let node = match &source.snapshot {
-            Some(name) => find_snapshot(&d, name).map_err(|e| e.on(&source.path))?,
-            None => d.top,
-        };
+        let node = self.node(&d, source)?;
         if options.write {
             refuse_read_only(&d, node).map_err(|e| e.on(&source.path))?;
-        }
-        let mut allowed = vec![dir.clone()];
-        for a in &options.allow {
-            allowed.push(self.store.resolve(a)?);
         }
         let mut files = self.node_files(&d, node, &dir, &allowed).map_err(|e| match e.path() {
             Some(_) => e,

@@ -32,16 +32,25 @@ impl RealStore {
 fn open_file(path: &Path, options: &mut OpenOptions, what: &str) -> Result<Arc<dyn StoreFile>> {
     let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
     let flags = i32::try_from(flags.bits()).unwrap_or_default();
-    let file = options.custom_flags(flags).open(path).map_err(|e| Error::io(what, path, e))?;
+    let file = options.custom_flags(flags).open(path).map_err(|e| {
+        match e.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::ISDIR | Errno::LOOP | Errno::NXIO) => not_regular(path),
+            _ => Error::io(what, path, e),
+        }
+    })?;
     let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
     if !meta.is_file() {
-        return Err(Error::invalid("not a regular file").on(path));
+        return Err(not_regular(path));
     }
     Ok(Arc::new(RealFile {
         path: path.to_path_buf(),
         id: FileId { dev: meta.dev(), ino: meta.ino() },
         file,
     }))
+}
+
+fn not_regular(path: &Path) -> Error {
+    Error::invalid("not a regular file").on(path)
 }
 
 impl Store for RealStore {
@@ -80,7 +89,9 @@ impl Store for RealStore {
     }
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
-        let dir = File::open(path).map_err(|e| Error::io("open directory", path, e))?;
+        let flags = i32::try_from(OFlags::DIRECTORY.bits()).unwrap_or_default();
+        let dir = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let dir = dir.map_err(|e| Error::io("open directory", path, e))?;
         dir.sync_all().map_err(|e| Error::io("sync directory", path, e))
     }
 

@@ -47,7 +47,9 @@ pub(super) fn from_text(text: &[u8]) -> Result<Option<Acl>> {
 impl Acl {
     /// False when the permission bits say all of it.
     pub(super) fn is_more_than_mode(&self) -> bool {
-        self.entries.iter().any(|&(tag, _, _)| matches!(tag, USER | GROUP | MASK))
+        self.entries
+            .iter()
+            .any(|&(tag, _, _)| matches!(tag, USER | GROUP | MASK))
     }
 
     pub(super) fn to_xattr(&self) -> Vec<u8> {
@@ -87,8 +89,11 @@ fn parse(entry: &[u8]) -> Result<(u16, u32, u16)> {
     }
     match number.unwrap_or(who).parse() {
         Ok(id) => Ok((named, id, perm)),
-        Err(_) => Err(Error::unsupported(format!("{} names its user, not the number", show(entry)))
-            .fix("Make the archive with tar --acls --numeric-owner")),
+        Err(_) => Err(Error::unsupported(format!(
+            "{} names its user, not the number",
+            show(entry)
+        ))
+        .fix("Make the archive with tar --acls --numeric-owner")),
     }
 }
 
@@ -129,11 +134,19 @@ mod tests {
     #[test]
     fn names_without_numbers_and_nonsense_are_refused() {
         let e = from_text(b"user:joe:rwx").unwrap_err();
-        assert!(e.to_string().contains("joe") && e.to_string().contains("--numeric-owner"), "{e}");
+        assert!(
+            e.to_string().contains("joe") && e.to_string().contains("--numeric-owner"),
+            "{e}"
+        );
         for bad in ["user", "x::rwx", "user::rwz", "user::rw", "other:5:rwx"] {
             assert!(from_text(bad.as_bytes()).is_err(), "{bad}");
         }
         assert!(from_text(b"").unwrap().is_none());
-        assert!(!from_text(b"user::rw-,group::r--,other::r--").unwrap().unwrap().is_more_than_mode());
+        assert!(
+            !from_text(b"user::rw-,group::r--,other::r--")
+                .unwrap()
+                .unwrap()
+                .is_more_than_mode()
+        );
     }
 }

@@ -35,7 +35,12 @@ pub(super) fn read(
     let top = rustix::fs::open(root, flags, Mode::empty())
         .map_err(|e| Error::io("open the directory", root, e.into()))?;
     let stat = rustix::fs::stat(work).map_err(|e| Error::io("stat", work, e.into()))?;
-    let walk = Walk { root: root.to_path_buf(), top, work: (stat.st_dev, stat.st_ino), progress };
+    let walk = Walk {
+        root: root.to_path_buf(),
+        top,
+        work: (stat.st_dev, stat.st_ino),
+        progress,
+    };
     walk.run(tree, stage)
 }
 
@@ -64,7 +69,11 @@ impl Walk<'_> {
                     todo.push(path);
                 }
             }
-            (self.progress)(Progress { step: Step::Read, done: stage.staged(), total: None });
+            (self.progress)(Progress {
+                step: Step::Read,
+                done: stage.staged(),
+                total: None,
+            });
         }
         Ok(())
     }
@@ -85,9 +94,11 @@ impl Walk<'_> {
         let stat = rustix::fs::fstat(&fd).map_err(|e| self.failed("stat", path, e))?;
         let key = (stat.st_dev, stat.st_ino);
         if key == self.work {
-            return Err(Error::invalid("the directory holds the one that the image is built in")
-                .on(&self.root)
-                .fix("Take a source outside of the store"));
+            return Err(
+                Error::invalid("the directory holds the one that the image is built in")
+                    .on(&self.root)
+                    .fix("Take a source outside of the store"),
+            );
         }
         let kind = FileType::from_raw_mode(stat.st_mode);
         if let Some(&id) = seen.get(&key) {
@@ -113,7 +124,9 @@ impl Walk<'_> {
             FileType::Socket => Kind::Socket,
             FileType::Unknown => return Err(refused(path, "its type is unknown").on(&self.root)),
         };
-        let (id, _) = tree.insert(path, node, meta).map_err(|e| e.on(&self.root))?;
+        let (id, _) = tree
+            .insert(path, node, meta)
+            .map_err(|e| e.on(&self.root))?;
         if stat.st_nlink > 1 && kind != FileType::Directory {
             seen.insert(key, id);
         }
@@ -152,8 +165,9 @@ impl Walk<'_> {
         }
         for name in buf.split(|&b| b == 0).filter(|name| !name.is_empty()) {
             let mut value = Vec::with_capacity(XATTR_MAX);
-            rustix::fs::getxattr(&link, name, rustix::buffer::spare_capacity(&mut value))
-                .map_err(|e| self.failed(&format!("read the attribute {} of", show(name)), path, e))?;
+            rustix::fs::getxattr(&link, name, rustix::buffer::spare_capacity(&mut value)).map_err(
+                |e| self.failed(&format!("read the attribute {} of", show(name)), path, e),
+            )?;
             xattrs.insert(name.to_vec(), value);
         }
         Ok(Meta {
@@ -195,7 +209,16 @@ impl Walk<'_> {
             }
         }
         let after = rustix::fs::fstat(&file).map_err(|e| self.failed("stat", path, e))?;
-        let state = |s: &Stat| (s.st_dev, s.st_ino, s.st_size, mtime(s), s.st_ctime, s.st_ctime_nsec);
+        let state = |s: &Stat| {
+            (
+                s.st_dev,
+                s.st_ino,
+                s.st_size,
+                mtime(s),
+                s.st_ctime,
+                s.st_ctime_nsec,
+            )
+        };
         // A file of /proc has a length of 0 and content all the same.
         if state(&after) != state(before) || self.read_at(&file, path, &mut buf[..1], len)? != 0 {
             return Err(self.changed(path));
@@ -236,15 +259,20 @@ impl Walk<'_> {
     }
 
     fn changed(&self, path: &[u8]) -> Error {
-        Error::new(ploop::error::Kind::InUse, format!("{} changed while it was read", show(path)))
-            .on(&self.root)
-            .fix("Stop what writes to it, or import a snapshot of it")
+        Error::new(
+            ploop::error::Kind::InUse,
+            format!("{} changed while it was read", show(path)),
+        )
+        .on(&self.root)
+        .fix("Stop what writes to it, or import a snapshot of it")
     }
 
     fn failed(&self, what: &str, path: &[u8], e: Errno) -> Error {
         let error = Error::io(format!("{what} {}", show(path)), &self.root, e.into());
         match e {
-            Errno::ACCESS | Errno::PERM => error.fix("Run the import as root, or from a tar archive"),
+            Errno::ACCESS | Errno::PERM => {
+                error.fix("Run the import as root, or from a tar archive")
+            }
             _ => error,
         }
     }
@@ -252,5 +280,8 @@ impl Walk<'_> {
 
 fn mtime(stat: &Stat) -> Time {
     // The kernel counts nanoseconds forward from the second, also before 1970.
-    Time { sec: stat.st_mtime, nsec: stat.st_mtime_nsec as u32 }
+    Time {
+        sec: stat.st_mtime,
+        nsec: stat.st_mtime_nsec as u32,
+    }
 }

@@ -47,7 +47,12 @@ impl Superblock {
         let log = le32(&sb, 24);
         let out = Superblock {
             block_size: 1024 << log.min(6),
-            blocks: u64::from(le32(&sb, 4)) | if wide { u64::from(le32(&sb, 336)) << 32 } else { 0 },
+            blocks: u64::from(le32(&sb, 4))
+                | if wide {
+                    u64::from(le32(&sb, 336)) << 32
+                } else {
+                    0
+                },
             inodes: le32(&sb, 0),
             inodes_per_group: le32(&sb, 40),
             inode_size: le16(&sb, 88),
@@ -172,7 +177,8 @@ fn used_inodes(desc: &[u8], per_group: u32) -> u32 {
 }
 
 fn read_exact(file: &File, path: &Path, buf: &mut [u8], at: u64) -> Result<()> {
-    file.read_exact_at(buf, at).map_err(|e| Error::io("read", path, e).at(at))
+    file.read_exact_at(buf, at)
+        .map_err(|e| Error::io("read", path, e).at(at))
 }
 
 fn le16(b: &[u8], at: usize) -> u16 {
@@ -201,6 +207,12 @@ mod tests {
     #[test]
     fn device_numbers_small_and_large() {
         assert_eq!(device_words(Device { major: 5, minor: 1 }), [0x501, 0]);
-        assert_eq!(device_words(Device { major: 259, minor: 0x12345 }), [0, 0x1231_0345]);
+        assert_eq!(
+            device_words(Device {
+                major: 259,
+                minor: 0x12345
+            }),
+            [0, 0x1231_0345]
+        );
     }
 }

@@ -55,7 +55,13 @@ pub(super) struct Members<R> {
 
 impl<R: Read> Members<R> {
     pub(super) fn new(inner: R) -> Members<R> {
-        Members { inner, offset: 0, left: 0, padding: 0, global: Records::default() }
+        Members {
+            inner,
+            offset: 0,
+            left: 0,
+            padding: 0,
+            global: Records::default(),
+        }
     }
 
     /// The next member; `None` after the end mark.
@@ -86,7 +92,9 @@ impl<R: Read> Members<R> {
                 }
                 _ => {
                     let records = self.global.overlaid(own);
-                    return self.member(&header, records, long_name, long_link, at).map(Some);
+                    return self
+                        .member(&header, records, long_name, long_link, at)
+                        .map(Some);
                 }
             }
         }
@@ -105,7 +113,10 @@ impl<R: Read> Members<R> {
         let link = match (pax.get(b"linkpath"), long_link) {
             (Some(link), _) => link.to_vec(),
             (None, Some(link)) => link,
-            (None, None) => header.link_name_bytes().map(|b| b.into_owned()).unwrap_or_default(),
+            (None, None) => header
+                .link_name_bytes()
+                .map(|b| b.into_owned())
+                .unwrap_or_default(),
         };
         let mut kind = header.entry_type().as_byte();
         if matches!(kind, 0 | b'0') {
@@ -136,14 +147,23 @@ impl<R: Read> Members<R> {
             }),
             _ => None,
         };
-        Ok(Member { path, link, kind, meta, device, len, map })
+        Ok(Member {
+            path,
+            link,
+            kind,
+            meta,
+            device,
+            len,
+            map,
+        })
     }
 
     /// Reads data of the current member, which has at least that much left.
     pub(super) fn data(&mut self, buf: &mut [u8]) -> Result<()> {
         if buf.len() as u64 > self.left {
-            return Err(Error::corrupt("a member's data is shorter than its map says")
-                .at(self.offset));
+            return Err(
+                Error::corrupt("a member's data is shorter than its map says").at(self.offset),
+            );
         }
         self.exact(buf)?;
         self.left -= buf.len() as u64;
@@ -209,7 +229,10 @@ impl<R: Read> Members<R> {
         if block.iter().all(|&b| b == 0) {
             return Ok(None);
         }
-        if !checksum_matches(block, field(Header::from_byte_slice(block).cksum(), "sum", at)) {
+        if !checksum_matches(
+            block,
+            field(Header::from_byte_slice(block).cksum(), "sum", at),
+        ) {
             let what = if at == 0 {
                 "this is not a tar archive: its first header has a wrong checksum"
             } else {
@@ -277,12 +300,20 @@ fn checksum_matches(block: &[u8; BLOCK], stored: Result<u32>) -> bool {
     let Ok(stored) = stored else { return false };
     let byte = |(i, &b): (usize, &u8)| if (148..156).contains(&i) { b' ' } else { b };
     let unsigned: u32 = block.iter().enumerate().map(|x| u32::from(byte(x))).sum();
-    let signed: i32 = block.iter().enumerate().map(|x| i32::from(byte(x).cast_signed())).sum();
+    let signed: i32 = block
+        .iter()
+        .enumerate()
+        .map(|x| i32::from(byte(x).cast_signed()))
+        .sum();
     stored == unsigned || i64::from(stored) == i64::from(signed)
 }
 
 fn field<T>(value: io::Result<T>, name: &str, at: u64) -> Result<T> {
-    value.map_err(|e| Error::corrupt(format!("the {name} in a header")).at(at).caused_by(e))
+    value.map_err(|e| {
+        Error::corrupt(format!("the {name} in a header"))
+            .at(at)
+            .caused_by(e)
+    })
 }
 
 fn meta(header: &Header, pax: &Records, path: &[u8], at: u64) -> Result<Meta> {
@@ -296,7 +327,10 @@ fn meta(header: &Header, pax: &Records, path: &[u8], at: u64) -> Result<Meta> {
     };
     let mtime = match pax.get(b"mtime") {
         Some(text) => pax::time(text).ok_or_else(|| refused(path, "its mtime is no number"))?,
-        None => Time { sec: field(header.mtime(), "time", at)?.cast_signed(), nsec: 0 },
+        None => Time {
+            sec: field(header.mtime(), "time", at)?.cast_signed(),
+            nsec: 0,
+        },
     };
     Ok(Meta {
         mode: (field(header.mode(), "mode", at)? & 0o7777) as u16,
@@ -311,18 +345,21 @@ fn meta(header: &Header, pax: &Records, path: &[u8], at: u64) -> Result<Meta> {
 fn xattrs(pax: &Records, path: &[u8]) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let mut out = BTreeMap::new();
     for (key, value) in pax.iter() {
-        let acl = |text| acl::from_text(text).map_err(|e| {
-            e.while_doing(format!("the ACL of member {}", show(path)))
-        });
+        let acl = |text| {
+            acl::from_text(text)
+                .map_err(|e| e.while_doing(format!("the ACL of member {}", show(path))))
+        };
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
             out.insert(pax::unescape(name), value.to_vec());
         } else if key == b"SCHILY.acl.access" {
             if let Some(value) = acl(value)?.filter(|a| a.is_more_than_mode()) {
-                out.entry(b"system.posix_acl_access".to_vec()).or_insert(value.to_xattr());
+                out.entry(b"system.posix_acl_access".to_vec())
+                    .or_insert(value.to_xattr());
             }
         } else if key == b"SCHILY.acl.default" {
             if let Some(value) = acl(value)? {
-                out.entry(b"system.posix_acl_default".to_vec()).or_insert(value.to_xattr());
+                out.entry(b"system.posix_acl_default".to_vec())
+                    .or_insert(value.to_xattr());
             }
         } else if key == b"RHT.security.selinux" {
             let mut value = value.to_vec();

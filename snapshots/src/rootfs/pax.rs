@@ -16,13 +16,20 @@ impl Records {
     pub(super) fn extend(&mut self, mut block: &[u8], at: u64) -> Result<()> {
         while block.iter().any(|&b| b != 0) {
             let bad = || Error::corrupt("an extended header that is no PAX record").at(at);
-            let space = block.iter().take(20).position(|&b| b == b' ').ok_or_else(bad)?;
+            let space = block
+                .iter()
+                .take(20)
+                .position(|&b| b == b' ')
+                .ok_or_else(bad)?;
             let len = usize::try_from(decimal(&block[..space]).ok_or_else(bad)?).ok();
-            let len = len.filter(|&l| l > space + 1 && l <= block.len()).ok_or_else(bad)?;
+            let len = len
+                .filter(|&l| l > space + 1 && l <= block.len())
+                .ok_or_else(bad)?;
             let (record, rest) = block.split_at(len);
             let text = record[space + 1..].strip_suffix(b"\n").ok_or_else(bad)?;
             let equal = text.iter().position(|&b| b == b'=').ok_or_else(bad)?;
-            self.list.push((text[..equal].to_vec(), text[equal + 1..].to_vec()));
+            self.list
+                .push((text[..equal].to_vec(), text[equal + 1..].to_vec()));
             block = rest;
         }
         Ok(())
@@ -46,9 +53,15 @@ impl Records {
     }
 
     pub(super) fn number(&self, key: &[u8]) -> Result<Option<u64>> {
-        let Some(text) = self.get(key) else { return Ok(None) };
+        let Some(text) = self.get(key) else {
+            return Ok(None);
+        };
         decimal(text).map(Some).ok_or_else(|| {
-            Error::corrupt(format!("the record {} is no number: {}", show(key), show(text)))
+            Error::corrupt(format!(
+                "the record {} is no number: {}",
+                show(key),
+                show(text)
+            ))
         })
     }
 
@@ -97,7 +110,10 @@ pub(super) fn time(text: &[u8]) -> Option<Time> {
     nsec += u32::from(below.iter().any(|&d| d != b'0'));
     match nsec {
         0 => Some(Time { sec: -sec, nsec: 0 }),
-        n => Some(Time { sec: -sec - 1, nsec: 1_000_000_000 - n }),
+        n => Some(Time {
+            sec: -sec - 1,
+            nsec: 1_000_000_000 - n,
+        }),
     }
 }
 
@@ -124,18 +140,24 @@ mod tests {
     #[test]
     fn records_may_hold_line_ends_and_equal_signs() {
         let mut r = Records::default();
-        r.extend(b"14 a=b\nc\n=d\0\n13 path=a/b\n\0\0", 0).unwrap();
+        r.extend(b"13 a=b\nc\n=d\0\n12 path=a/b\n\0\0", 0).unwrap();
         assert_eq!(r.get(b"a"), Some(&b"b\nc\n=d\0"[..]));
         assert_eq!(r.get(b"path"), Some(&b"a/b"[..]));
     }
 
     #[test]
     fn damaged_records_are_errors() {
-        for bad in ["5 a=b", "99 a=b\n", "0 a=b\n", "x a=b\n", "6 a=bc\n", "6 abc\n", " 6 a=b\n"] {
+        for bad in [
+            "5 a=b", "99 a=b\n", "0 a=b\n", "x a=b\n", "6 a=bc\n", "6 abc\n", " 6 a=b\n",
+        ] {
             let e = Records::default().extend(bad.as_bytes(), 512);
             assert!(e.is_err(), "{bad}");
         }
-        assert!(Records::default().extend(b"99999999999999999999 a=b\n", 0).is_err());
+        assert!(
+            Records::default()
+                .extend(b"99999999999999999999 a=b\n", 0)
+                .is_err()
+        );
     }
 
     #[test]

@@ -29,7 +29,10 @@ pub(super) struct Needs {
 
 /// Counts what `tree` takes.
 pub(super) fn needs(tree: &Tree) -> Needs {
-    let mut out = Needs { inodes: OWN_INODES, blocks: 4 };
+    let mut out = Needs {
+        inodes: OWN_INODES,
+        blocks: 4,
+    };
     for (_, inode) in tree.inodes() {
         out.inodes += 1;
         out.blocks += blocks(inode);
@@ -42,12 +45,19 @@ fn blocks(inode: &Inode) -> u64 {
         Kind::File(content) => {
             // Four extents fit into the inode, 340 into a block.
             let extents = content.runs + content.blocks / GROUP_BLOCKS;
-            let tree = if extents > 4 { extents.div_ceil(340) * 2 } else { 0 };
+            let tree = if extents > 4 {
+                extents.div_ceil(340) * 2
+            } else {
+                0
+            };
             content.blocks + tree
         }
         Kind::Dir(names) => {
             // Worst case: every block ends with room that the longest name did not fit in.
-            let bytes: u64 = names.keys().map(|n| 8 + (n.len() as u64).next_multiple_of(4)).sum();
+            let bytes: u64 = names
+                .keys()
+                .map(|n| 8 + (n.len() as u64).next_multiple_of(4))
+                .sum();
             1 + (bytes + 24).div_ceil(BLOCK - 12 - 264)
         }
         Kind::Symlink(target) => u64::from(target.len() >= 60),
@@ -75,7 +85,9 @@ pub(super) fn journal_mib(fs_bytes: u64) -> u64 {
 fn overhead(needs: &Needs, fs_bytes: u64, reserve: u64) -> u64 {
     let groups = (fs_bytes / BLOCK).div_ceil(GROUP_BLOCKS);
     let descs = groups.div_ceil(DESCS_PER_BLOCK);
-    let room = (reserve / BLOCK).div_ceil(GROUP_BLOCKS).div_ceil(DESCS_PER_BLOCK);
+    let room = (reserve / BLOCK)
+        .div_ceil(GROUP_BLOCKS)
+        .div_ceil(DESCS_PER_BLOCK);
     // Copies stand in groups 0, 1, and the powers of 3, 5 and 7.
     let copies = (0..groups).filter(|&g| has_copy(g)).count() as u64;
     let tables = inodes(needs, fs_bytes) * INODE_BYTES / BLOCK + groups;

@@ -26,8 +26,16 @@ const DIGITS_MAX: usize = 20;
 type Sparse = (u64, Vec<(u64, u64)>);
 
 /// The map of a type `S` header, and of the blocks after it.
-pub(super) fn old_gnu<R: Read>(stream: &mut Members<R>, header: &Header, at: u64) -> Result<Sparse> {
-    let damaged = |e: std::io::Error| Error::corrupt("the map of a sparse member").at(at).caused_by(e);
+pub(super) fn old_gnu<R: Read>(
+    stream: &mut Members<R>,
+    header: &Header,
+    at: u64,
+) -> Result<Sparse> {
+    let damaged = |e: std::io::Error| {
+        Error::corrupt("the map of a sparse member")
+            .at(at)
+            .caused_by(e)
+    };
     let gnu = header
         .as_gnu()
         .ok_or_else(|| Error::corrupt("a sparse member whose header is not GNU's").at(at))?;
@@ -52,7 +60,10 @@ pub(super) fn old_gnu<R: Read>(stream: &mut Members<R>, header: &Header, at: u64
 
 /// The map that PAX records tell of; `None` for a member that is not sparse.
 pub(super) fn pax<R: Read>(stream: &mut Members<R>, pax: &Records) -> Result<Option<Sparse>> {
-    let version = (pax.number(b"GNU.sparse.major")?, pax.number(b"GNU.sparse.minor")?);
+    let version = (
+        pax.number(b"GNU.sparse.major")?,
+        pax.number(b"GNU.sparse.minor")?,
+    );
     match version {
         (Some(1), Some(0)) => {
             let len = pax.number(b"GNU.sparse.realsize")?;
@@ -60,7 +71,9 @@ pub(super) fn pax<R: Read>(stream: &mut Members<R>, pax: &Records) -> Result<Opt
             Ok(Some((len, map_in_data(stream)?)))
         }
         (None | Some(0), _) => {
-            let Some(len) = pax.number(b"GNU.sparse.size")? else { return Ok(None) };
+            let Some(len) = pax.number(b"GNU.sparse.size")? else {
+                return Ok(None);
+            };
             Ok(Some((len, map_in_records(pax)?)))
         }
         (major, minor) => Err(Error::unsupported(format!(
@@ -75,7 +88,9 @@ pub(super) fn pax<R: Read>(stream: &mut Members<R>, pax: &Records) -> Result<Opt
 pub(super) fn check(len: u64, map: &[(u64, u64)], data: u64) -> Result<()> {
     let (mut end, mut sum) = (0, 0u64);
     for &(start, bytes) in map {
-        let stop = start.checked_add(bytes).filter(|&stop| start >= end && stop <= len);
+        let stop = start
+            .checked_add(bytes)
+            .filter(|&stop| start >= end && stop <= len);
         end = stop.ok_or_else(|| {
             Error::corrupt(format!(
                 "the map of a sparse member has {bytes} bytes at {start}, out of order or past \
@@ -94,7 +109,9 @@ pub(super) fn check(len: u64, map: &[(u64, u64)], data: u64) -> Result<()> {
 
 fn push(map: &mut Vec<(u64, u64)>, start: u64, bytes: u64) -> Result<()> {
     if map.len() >= RANGES_MAX {
-        return Err(Error::unsupported(format!("a sparse member of more than {RANGES_MAX} ranges")));
+        return Err(Error::unsupported(format!(
+            "a sparse member of more than {RANGES_MAX} ranges"
+        )));
     }
     // The last entry is often an empty one that stands for the length.
     if bytes > 0 {
@@ -124,7 +141,9 @@ fn map_in_records(pax: &Records) -> Result<Vec<(u64, u64)>> {
             _ => {}
         }
     }
-    let (pairs, []) = numbers.as_chunks::<2>() else { return Err(bad()) };
+    let (pairs, []) = numbers.as_chunks::<2>() else {
+        return Err(bad());
+    };
     let mut map = Vec::new();
     for &[start, bytes] in pairs {
         push(&mut map, start, bytes)?;
@@ -133,7 +152,11 @@ fn map_in_records(pax: &Records) -> Result<Vec<(u64, u64)>> {
 }
 
 fn map_in_data<R: Read>(stream: &mut Members<R>) -> Result<Vec<(u64, u64)>> {
-    let mut lines = Lines { stream, block: [0; BLOCK], used: BLOCK };
+    let mut lines = Lines {
+        stream,
+        block: [0; BLOCK],
+        used: BLOCK,
+    };
     let count = lines.number()?;
     let mut map = Vec::new();
     for _ in 0..count {
@@ -191,9 +214,11 @@ mod tests {
         r.extend(b"27 GNU.sparse.map=0,4,10,2\n", 0).unwrap();
         assert_eq!(map_in_records(&r).unwrap(), [(0, 4), (10, 2)]);
         let mut r = Records::default();
-        r.extend(b"23 GNU.sparse.offset=1\n25 GNU.sparse.numbytes=2\n", 0).unwrap();
+        r.extend(b"23 GNU.sparse.offset=1\n25 GNU.sparse.numbytes=2\n", 0)
+            .unwrap();
         assert_eq!(map_in_records(&r).unwrap(), [(1, 2)]);
-        r.extend(b"23 GNU.sparse.offset=1\n23 GNU.sparse.offset=2\n", 0).unwrap();
+        r.extend(b"23 GNU.sparse.offset=1\n23 GNU.sparse.offset=2\n", 0)
+            .unwrap();
         assert!(map_in_records(&r).is_err());
     }
 }

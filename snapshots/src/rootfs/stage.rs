@@ -43,7 +43,13 @@ impl Stage {
         let path = work.join("content");
         make_dir(&path)?;
         let content = open_dir(&path)?;
-        Ok(Stage { dir: work.to_path_buf(), content, next: 0, staged: 0, limit })
+        Ok(Stage {
+            dir: work.to_path_buf(),
+            content,
+            next: 0,
+            staged: 0,
+            limit,
+        })
     }
 
     /// Bytes of content staged so far, without holes.
@@ -74,7 +80,12 @@ impl Stage {
             file,
             at,
             last: None,
-            content: Content { id, len, blocks: 0, runs: 0 },
+            content: Content {
+                id,
+                len,
+                blocks: 0,
+                runs: 0,
+            },
         })
     }
 
@@ -88,12 +99,20 @@ impl Stage {
     /// Lays the directories and files of `tree` out in `plain`, and marks each with its number:
     /// the time of modification is `mark(id)` seconds. Returns the directory's name in the work
     /// directory.
-    pub(super) fn lay_out(self, tree: &Tree, mark: impl Fn(InodeId) -> i64) -> Result<&'static str> {
+    pub(super) fn lay_out(
+        self,
+        tree: &Tree,
+        mark: impl Fn(InodeId) -> i64,
+    ) -> Result<&'static str> {
         let at = self.dir.join("plain");
         make_dir(&at)?;
         let plain = open_dir(&at)?;
         let failed = |what, path: &[u8], e: rustix::io::Errno| {
-            Error::io(format!("{what} the staged member {}", show(path)), &at, e.into())
+            Error::io(
+                format!("{what} the staged member {}", show(path)),
+                &at,
+                e.into(),
+            )
         };
         let mut first = std::collections::HashMap::new();
         let mut dirs = Vec::new();
@@ -151,7 +170,9 @@ impl Writer<'_> {
             let (piece, rest) = bytes.split_at(piece_len(offset, bytes));
             if piece.iter().any(|&b| b != 0) {
                 self.count(offset / BLOCK, (offset + piece.len() as u64 - 1) / BLOCK)?;
-                self.file.write_all_at(piece, offset).map_err(|e| self.failed(e))?;
+                self.file
+                    .write_all_at(piece, offset)
+                    .map_err(|e| self.failed(e))?;
             }
             offset += piece.len() as u64;
             bytes = rest;
@@ -161,7 +182,9 @@ impl Writer<'_> {
 
     /// Ends the content.
     pub(super) fn finish(self) -> Result<Content> {
-        self.file.set_len(self.content.len).map_err(|e| self.failed(e))?;
+        self.file
+            .set_len(self.content.len)
+            .map_err(|e| self.failed(e))?;
         Ok(self.content)
     }
 
@@ -205,7 +228,10 @@ fn piece_len(offset: u64, bytes: &[u8]) -> usize {
 }
 
 fn make_dir(path: &Path) -> Result<()> {
-    DirBuilder::new().mode(0o700).create(path).map_err(|e| Error::io("create", path, e))
+    DirBuilder::new()
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| Error::io("create", path, e))
 }
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {
@@ -214,10 +240,16 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
 }
 
 fn touch(dir: impl AsFd, path: &[u8], sec: i64) -> rustix::io::Result<()> {
-    let now = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: rustix::fs::UTIME_NOW,
+    };
     let times = Timestamps {
         last_access: now,
-        last_modification: Timespec { tv_sec: sec, tv_nsec: 0 },
+        last_modification: Timespec {
+            tv_sec: sec,
+            tv_nsec: 0,
+        },
     };
     rustix::fs::utimensat(dir, path, &times, AtFlags::SYMLINK_NOFOLLOW)
 }

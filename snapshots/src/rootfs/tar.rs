@@ -38,21 +38,32 @@ pub(super) fn read(
     }
     let total = meta.is_file().then_some(meta.len());
     let read = Rc::new(Cell::new(0));
-    let counted = Counted { inner: file, read: Rc::clone(&read) };
+    let counted = Counted {
+        inner: file,
+        read: Rc::clone(&read),
+    };
     let mut members = Members::new(decompress(counted, path)?);
     let mut entries = 0u64;
     while let Some(member) = members.next().map_err(|e| e.or_on(path))? {
         take(&mut members, member, tree, stage).map_err(|e| e.or_on(path))?;
         entries += 1;
         if entries.is_multiple_of(256) {
-            progress(Progress { step: Step::Read, done: read.get(), total });
+            progress(Progress {
+                step: Step::Read,
+                done: read.get(),
+                total,
+            });
         }
     }
     if entries == 0 {
         return Err(Error::invalid("the archive has no member").on(path));
     }
     members.drain().map_err(|e| e.or_on(path))?;
-    progress(Progress { step: Step::Read, done: read.get(), total });
+    progress(Progress {
+        step: Step::Read,
+        done: read.get(),
+        total,
+    });
     Ok(())
 }
 
@@ -63,7 +74,11 @@ trait OrOn {
 
 impl OrOn for Error {
     fn or_on(self, path: &Path) -> Error {
-        if self.path().is_some() { self } else { self.on(path) }
+        if self.path().is_some() {
+            self
+        } else {
+            self.on(path)
+        }
     }
 }
 
@@ -164,9 +179,14 @@ fn decompress(mut file: Counted, path: &Path) -> Result<Box<dyn Read>> {
     let magic = &magic[..got];
     for (bytes, name, tool) in FOREIGN {
         if magic.starts_with(bytes) {
-            return Err(Error::unsupported(format!("the archive is compressed with {name}"))
-                .on(path)
-                .fix(format!("Convert it: {tool} '{}' | zstd > root.tar.zst", path.display())));
+            return Err(
+                Error::unsupported(format!("the archive is compressed with {name}"))
+                    .on(path)
+                    .fix(format!(
+                        "Convert it: {tool} '{}' | zstd > root.tar.zst",
+                        path.display()
+                    )),
+            );
         }
     }
     let whole = BufReader::with_capacity(CHUNK, io::Cursor::new(magic.to_vec()).chain(file));

@@ -33,11 +33,16 @@ pub(super) fn run<S: AsRef<OsStr>>(tool: &str, args: &[S], dir: &Path) -> Result
         .stdin(Stdio::null())
         .output();
     match out {
-        Ok(out) => Ok(Output { code: out.status.code(), stdout: out.stdout, stderr: out.stderr }),
-        Err(e) if e.kind() == io::ErrorKind::NotFound && dir.is_dir() => {
-            Err(Error::new(Kind::NotFound, format!("the program {tool} is not installed"))
-                .fix("Install it: apt-get install e2fsprogs"))
-        }
+        Ok(out) => Ok(Output {
+            code: out.status.code(),
+            stdout: out.stdout,
+            stderr: out.stderr,
+        }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && dir.is_dir() => Err(Error::new(
+            Kind::NotFound,
+            format!("the program {tool} is not installed"),
+        )
+        .fix("Install it: apt-get install e2fsprogs")),
         Err(e) => Err(Error::io(format!("run {tool} in"), dir, e)),
     }
 }
@@ -56,16 +61,31 @@ pub(super) fn failed(tool: &str, image: &Path, out: &Output) -> Error {
 
 /// `NoSpace` when that is what the tool complains about.
 pub(super) fn kind_of(text: &str) -> Kind {
-    let full = ["No space left on device", "Could not allocate", "Disk quota exceeded"];
-    if full.iter().any(|f| text.contains(f)) { Kind::NoSpace } else { Kind::Io }
+    let full = [
+        "No space left on device",
+        "Could not allocate",
+        "Disk quota exceeded",
+    ];
+    if full.iter().any(|f| text.contains(f)) {
+        Kind::NoSpace
+    } else {
+        Kind::Io
+    }
 }
 
 /// The lines of a tool's words that are not its banner, joined and cut.
 fn said(text: &str) -> Option<String> {
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !is_banner(l)).collect();
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !is_banner(l))
+        .collect();
     let mut out = lines.join("; ");
     if out.len() > 1000 {
-        let end = (0..=1000).rev().find(|&i| out.is_char_boundary(i)).unwrap_or(0);
+        let end = (0..=1000)
+            .rev()
+            .find(|&i| out.is_char_boundary(i))
+            .unwrap_or(0);
         out.truncate(end);
         out.push('…');
     }
@@ -77,8 +97,12 @@ pub(super) fn is_banner(line: &str) -> bool {
     let mut words = line.split(' ');
     let tool = words.next().unwrap_or_default();
     let known = ["debugfs", "mke2fs", "e2fsck", "resize2fs", "dumpe2fs"];
-    let version = words.next().is_some_and(|w| w.starts_with(|c: char| c.is_ascii_digit()));
-    let date = words.next().is_some_and(|w| w.starts_with('(') && w.ends_with(')'));
+    let version = words
+        .next()
+        .is_some_and(|w| w.starts_with(|c: char| c.is_ascii_digit()));
+    let date = words
+        .next()
+        .is_some_and(|w| w.starts_with('(') && w.ends_with(')'));
     line.is_empty() || known.contains(&tool) && version && date && words.next().is_none()
 }
 
@@ -108,8 +132,16 @@ mod tests {
         };
         let e = failed("mke2fs", Path::new("x"), &out("x: No space left on device"));
         assert_eq!(e.kind(), Kind::NoSpace);
-        let e = failed("mke2fs", Path::new("x"), &out("mke2fs 1.47.0 (5-Feb-2023)\n\nbad\nworse"));
+        let e = failed(
+            "mke2fs",
+            Path::new("x"),
+            &out("mke2fs 1.47.0 (5-Feb-2023)\n\nbad\nworse"),
+        );
         assert_eq!(e.kind(), Kind::Io);
-        assert!(e.to_string().ends_with("mke2fs ended with status 1: bad; worse"), "{e}");
+        assert!(
+            e.to_string()
+                .ends_with("mke2fs ended with status 1: bad; worse"),
+            "{e}"
+        );
     }
 }

@@ -179,8 +179,17 @@ pub(super) fn refused(path: &[u8], why: &str) -> Error {
 impl Tree {
     /// A tree of one directory, owned by root, mode 0755, of 1970.
     pub(super) fn new() -> Tree {
-        let meta = Meta { mode: 0o755, ..Meta::default() };
-        Tree { inodes: vec![Inode { kind: Kind::dir(), meta, links: 1 }] }
+        let meta = Meta {
+            mode: 0o755,
+            ..Meta::default()
+        };
+        Tree {
+            inodes: vec![Inode {
+                kind: Kind::dir(),
+                meta,
+                links: 1,
+            }],
+        }
     }
 
     pub(super) fn inode(&self, id: InodeId) -> &Inode {
@@ -189,7 +198,10 @@ impl Tree {
 
     /// Every inode that has a name, and the root.
     pub(super) fn inodes(&self) -> impl Iterator<Item = (InodeId, &Inode)> {
-        self.inodes.iter().enumerate().filter(|(_, inode)| inode.links > 0)
+        self.inodes
+            .iter()
+            .enumerate()
+            .filter(|(_, inode)| inode.links > 0)
     }
 
     /// The names of a directory; `None` for any other inode.
@@ -227,17 +239,31 @@ impl Tree {
             return Ok((id, None));
         }
         let id = self.inodes.len();
-        self.inodes.push(Inode { kind, meta, links: 0 });
+        self.inodes.push(Inode {
+            kind,
+            meta,
+            links: 0,
+        });
         let freed = self.name(path, dir, name, id)?;
         Ok((id, freed))
     }
 
     /// Makes `path` another name of what `target` names. Returns a content that lost its last name.
     pub(super) fn link(&mut self, path: &[u8], target: &[u8]) -> Result<Option<Content>> {
-        let missing =
-            || refused(path, &format!("it is a hard link to {}, which is no earlier file", show(target)));
+        let missing = || {
+            refused(
+                path,
+                &format!(
+                    "it is a hard link to {}, which is no earlier file",
+                    show(target)
+                ),
+            )
+        };
         let parts = components(target).map_err(|e| {
-            e.while_doing(format!("member {} is a hard link to a forbidden name", show(path)))
+            e.while_doing(format!(
+                "member {} is a hard link to a forbidden name",
+                show(path)
+            ))
         })?;
         let mut id = ROOT;
         for part in parts {
@@ -278,8 +304,15 @@ impl Tree {
                 Some(&id) => at = id,
                 None => {
                     names.insert(part.to_vec(), next);
-                    let meta = Meta { mode: 0o755, ..Meta::default() };
-                    self.inodes.push(Inode { kind: Kind::dir(), meta, links: 1 });
+                    let meta = Meta {
+                        mode: 0o755,
+                        ..Meta::default()
+                    };
+                    self.inodes.push(Inode {
+                        kind: Kind::dir(),
+                        meta,
+                        links: 1,
+                    });
                     at = next;
                 }
             }
@@ -304,7 +337,10 @@ impl Tree {
         self.inodes[id].links += 1;
         let Some(old) = old else { return Ok(None) };
         if self.names(old).is_some_and(|below| !below.is_empty()) {
-            return Err(refused(path, "it would replace a directory that holds names"));
+            return Err(refused(
+                path,
+                "it would replace a directory that holds names",
+            ));
         }
         let old = &mut self.inodes[old];
         old.links -= 1;
@@ -323,7 +359,13 @@ impl Tree {
                 let mut path: Vec<u8> = prefix.clone();
                 path.extend_from_slice(name);
                 let inode = &self.inodes[id];
-                visit(&Entry { parent, path: &path, name, id, inode })?;
+                visit(&Entry {
+                    parent,
+                    path: &path,
+                    name,
+                    id,
+                    inode,
+                })?;
                 if let Kind::Dir(_) = inode.kind {
                     path.push(b'/');
                     todo.push((id, path));
@@ -345,7 +387,10 @@ fn not_a_directory(path: &[u8], kind: &Kind) -> Error {
 fn check(path: &[u8], kind: &Kind, meta: &Meta) -> Result<()> {
     match kind {
         Kind::Symlink(target) if target.is_empty() || target.contains(&0) => {
-            return Err(refused(path, "its link target is empty or holds a zero byte"));
+            return Err(refused(
+                path,
+                "its link target is empty or holds a zero byte",
+            ));
         }
         Kind::Symlink(target) if target.len() > TARGET_MAX => {
             return Err(refused(path, "its link target is longer than 4095 bytes"));
@@ -357,7 +402,10 @@ fn check(path: &[u8], kind: &Kind, meta: &Meta) -> Result<()> {
         _ => {}
     }
     if !TIME_RANGE.contains(&meta.mtime.sec) || meta.mtime.nsec >= 1_000_000_000 {
-        return Err(refused(path, "its time is outside of what ext4 can hold (1901 to 2446)"));
+        return Err(refused(
+            path,
+            "its time is outside of what ext4 can hold (1901 to 2446)",
+        ));
     }
     let mut bytes = 0;
     for (name, value) in &meta.xattrs {
@@ -365,7 +413,10 @@ fn check(path: &[u8], kind: &Kind, meta: &Meta) -> Result<()> {
         bytes += 16 + name.len().next_multiple_of(4) + value.len().next_multiple_of(4);
     }
     if bytes > XATTR_BYTES {
-        return Err(refused(path, "its extended attributes are larger than a 4 KiB block"));
+        return Err(refused(
+            path,
+            "its extended attributes are larger than a 4 KiB block",
+        ));
     }
     Ok(())
 }
@@ -374,11 +425,16 @@ fn check_xattr(path: &[u8], name: &[u8]) -> Result<()> {
     let known = [&b"user."[..], b"trusted.", b"security."];
     let acl = [&b"system.posix_acl_access"[..], b"system.posix_acl_default"];
     let good = acl.contains(&name)
-        || known.iter().any(|prefix| name.len() > prefix.len() && name.starts_with(prefix));
+        || known
+            .iter()
+            .any(|prefix| name.len() > prefix.len() && name.starts_with(prefix));
     if good && name.len() <= NAME_MAX && !name.iter().any(|b| matches!(b, 0 | b'\n' | b'\r')) {
         return Ok(());
     }
-    Err(refused(path, &format!("ext4 has no extended attribute named {}", show(name))))
+    Err(refused(
+        path,
+        &format!("ext4 has no extended attribute named {}", show(name)),
+    ))
 }
 
 #[cfg(test)]
@@ -386,7 +442,12 @@ mod tests {
     use super::*;
 
     fn file(id: u64) -> Kind {
-        Kind::File(Content { id, len: 1, blocks: 1, runs: 1 })
+        Kind::File(Content {
+            id,
+            len: 1,
+            blocks: 1,
+            runs: 1,
+        })
     }
 
     fn paths(tree: &Tree) -> Vec<String> {
@@ -403,7 +464,9 @@ mod tests {
     #[test]
     fn names_that_leave_the_tree_are_refused_by_name() {
         for bad in ["/etc/passwd", "../x", "a/../b", "a/..", ""] {
-            let e = Tree::new().insert(bad.as_bytes(), file(0), Meta::default()).unwrap_err();
+            let e = Tree::new()
+                .insert(bad.as_bytes(), file(0), Meta::default())
+                .unwrap_err();
             assert!(e.to_string().contains(bad), "{e}");
         }
         let long = "x".repeat(256);
@@ -416,9 +479,13 @@ mod tests {
     #[test]
     fn nothing_is_placed_behind_a_symbolic_link() {
         let mut tree = Tree::new();
-        tree.insert(b"l", Kind::Symlink(b"/tmp".to_vec()), Meta::default()).unwrap();
+        tree.insert(b"l", Kind::Symlink(b"/tmp".to_vec()), Meta::default())
+            .unwrap();
         let e = tree.insert(b"l/x", file(0), Meta::default()).unwrap_err();
-        assert!(e.to_string().contains("l/x") && e.to_string().contains("symbolic link"), "{e}");
+        assert!(
+            e.to_string().contains("l/x") && e.to_string().contains("symbolic link"),
+            "{e}"
+        );
         assert!(tree.link(b"h", b"l/x").is_err());
         assert!(tree.insert(b"l/x/y", file(0), Meta::default()).is_err());
     }
@@ -433,7 +500,15 @@ mod tests {
         let (_, freed) = tree.insert(b"g", Kind::Fifo, Meta::default()).unwrap();
         assert_eq!(freed.unwrap().id, 1);
         tree.insert(b"d/e", file(3), Meta::default()).unwrap();
-        tree.insert(b"d", Kind::dir(), Meta { uid: 7, ..Meta::default() }).unwrap();
+        tree.insert(
+            b"d",
+            Kind::dir(),
+            Meta {
+                uid: 7,
+                ..Meta::default()
+            },
+        )
+        .unwrap();
         assert_eq!(paths(&tree), ["d", "d/e", "f", "g"]);
         assert!(tree.insert(b"d", file(4), Meta::default()).is_err());
     }
@@ -442,10 +517,22 @@ mod tests {
     fn what_ext4_cannot_hold_is_refused() {
         let mut tree = Tree::new();
         let mut with = |kind, meta| tree.insert(b"x", kind, meta).map(|_| ());
-        let time = |sec| Meta { mtime: Time { sec, nsec: 0 }, ..Meta::default() };
+        let time = |sec| Meta {
+            mtime: Time { sec, nsec: 0 },
+            ..Meta::default()
+        };
         assert!(with(file(0), time(TIME_RANGE.end)).is_err());
         assert!(with(file(0), time(TIME_RANGE.start)).is_ok());
-        assert!(with(Kind::Char(Device { major: 4096, minor: 0 }), time(0)).is_err());
+        assert!(
+            with(
+                Kind::Char(Device {
+                    major: 4096,
+                    minor: 0
+                }),
+                time(0)
+            )
+            .is_err()
+        );
         assert!(with(Kind::Symlink(vec![b'a'; 4096]), time(0)).is_err());
         let attr = |name: &str, len| Meta {
             xattrs: BTreeMap::from([(name.as_bytes().to_vec(), vec![0; len])]),

@@ -7,13 +7,18 @@ use super::header::Header;
 use crate::error::Result;
 use crate::store::{Store, StoreFile};
 
-/// Creates `path` with `header` and an empty BAT. The file must not exist; mode 0600.
+/// Creates `path` with `header`, an empty BAT and permissions `mode`. The file must not exist.
 ///
 /// The BAT is a hole, so the file takes one host block whatever the disk's size. Order: length,
 /// header, sync. On return the file's bytes are durable; its name is not until the caller syncs the
 /// directory. On error nothing is left behind.
-pub fn create(store: &dyn Store, path: &Path, header: &Header) -> Result<Arc<dyn StoreFile>> {
-    let file = store.create(path, 0o600)?;
+pub fn create(
+    store: &dyn Store,
+    path: &Path,
+    header: &Header,
+    mode: u32,
+) -> Result<Arc<dyn StoreFile>> {
+    let file = store.create(path, mode)?;
     let write = || {
         file.set_len(header.data_start)?;
         file.write_at(header.bytes(), 0)?;

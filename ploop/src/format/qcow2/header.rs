@@ -203,23 +203,21 @@ impl Unchecked<'_> {
             let what = format!("compression type {compression} contradicts its feature bit");
             return Err(Error::corrupt(what).at(COMPRESSION as u64));
         }
-        for bit in (0..u64::BITS).filter(|&bit| bit != BIT_DIRTY && has(bit)) {
-            let name = match bit {
-                BIT_DATA_FILE => "an external data file".to_owned(),
-                BIT_COMPRESSION if compression == 1 => "zstd compression".to_owned(),
-                BIT_COMPRESSION => format!("compression type {compression}"),
-                BIT_EXTENDED_L2 => "extended L2 entries (subclusters)".to_owned(),
-                _ => match self.feature_name(header_len, bit) {
-                    Some(name) => format!("a feature that it calls {name:?}"),
-                    None => "an unknown feature".to_owned(),
-                },
-            };
-            let what = format!("the image uses {name} (incompatible feature bit {bit})");
-            return Err(Error::unsupported(what)
-                .at(at)
-                .fix("Rewrite it with qemu-img convert"));
-        }
-        Ok(has(BIT_DIRTY))
+        let other = (0..u64::BITS).find(|&bit| bit != BIT_DIRTY && has(bit));
+        let name = match other {
+            None => return Ok(has(BIT_DIRTY)),
+            Some(BIT_DATA_FILE) => "an external data file".to_owned(),
+            Some(BIT_COMPRESSION) if compression == 1 => "zstd compression".to_owned(),
+            Some(BIT_COMPRESSION) => format!("compression type {compression}"),
+            Some(BIT_EXTENDED_L2) => "extended L2 entries (subclusters)".to_owned(),
+            Some(bit) => match self.feature_name(header_len, bit) {
+                Some(name) => format!("a feature that it calls {name:?}, incompatible bit {bit}"),
+                None => format!("an unknown feature, incompatible bit {bit}"),
+            },
+        };
+        Err(Error::unsupported(format!("the image uses {name}"))
+            .at(at)
+            .fix("Rewrite it with qemu-img convert"))
     }
 
     fn check_encryption(&self) -> Result<()> {

@@ -35,7 +35,7 @@ impl fmt::Debug for Pages {
     }
 }
 
-/// Cuts `offset..offset + len` at page borders: page number, range in that page, range in the whole.
+/// Cuts `offset..offset + len` at page borders: the page, the range in it, the range in the whole.
 fn split(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>, Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {

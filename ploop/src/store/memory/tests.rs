@@ -280,7 +280,7 @@ fn a_clone_is_the_same_store_and_a_snapshot_is_not() {
     file.write_at(&[2; 10], 0).unwrap();
     store.rename(Path::new("/f"), Path::new("/g")).unwrap();
     let old = copy.open(Path::new("/f"), Access::Write).unwrap();
-    assert_eq!(whole(&*old), format!("8192 bytes {:?}", [1; 8192]));
+    assert_eq!(whole(&*old), format!("8192 bytes {:?}", vec![1; 8192]));
     old.write_at(&[3; 10], 0).unwrap();
     let mut buf = [0; 10];
     file.read_at(&mut buf, 0).unwrap();

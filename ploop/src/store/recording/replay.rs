@@ -158,31 +158,19 @@ impl Replay {
         });
     }
 
-    /// The units that can show in any state: files and directories that neither the base nor any
-    /// unit gives a name to are gone for good.
+    /// The units that can show in some state: files and directories that neither the base nor any
+    /// unit gives a name to are gone for good. One pass does, since a directory gets its name
+    /// before anything in it does, and the base takes names in that order.
     fn reachable_units(&self) -> Vec<PointUnit> {
         if self.pending.is_empty() {
             return Vec::new();
         }
-        let mut reached = BTreeSet::from([ROOT]);
-        let mut before = 0;
-        while before < reached.len() {
-            before = reached.len();
-            let mut todo: Vec<u64> = reached.iter().copied().collect();
-            while let Some(dir) = todo.pop() {
-                for &ino in self.base.dirs.get(&dir).into_iter().flat_map(Dir::values) {
-                    if reached.insert(ino) {
-                        todo.push(ino);
-                    }
-                }
-            }
-            for pending in &self.pending {
-                if let Unit::Link { ino, name } | Unit::Rename { ino, to: name, .. } =
-                    &*pending.unit
-                    && reached.contains(&name.dir)
-                {
-                    reached.insert(*ino);
-                }
+        let mut reached = reached(&self.base);
+        for pending in &self.pending {
+            if let Unit::Link { ino, name } | Unit::Rename { ino, to: name, .. } = &*pending.unit
+                && reached.contains(&name.dir)
+            {
+                reached.insert(*ino);
             }
         }
         let shows = |pending: &&Pending| match pending.unit.file() {
@@ -198,4 +186,18 @@ impl Replay {
             })
             .collect()
     }
+}
+
+/// The inodes that have a name, and `/`.
+pub(super) fn reached(disk: &Disk) -> BTreeSet<u64> {
+    let mut reached = BTreeSet::from([ROOT]);
+    let mut todo = vec![ROOT];
+    while let Some(dir) = todo.pop() {
+        for &ino in disk.dirs.get(&dir).into_iter().flat_map(Dir::values) {
+            if reached.insert(ino) {
+                todo.push(ino);
+            }
+        }
+    }
+    reached
 }

@@ -1,19 +1,19 @@
 //! The states that a power cut can leave at one point, one at a time.
 //!
 //! ```text
-//!   Point (durable base + units) ── choices ──► subset of units ──► disk ── seen before? ─► CrashState
+//!   Point (durable base + units) ─ choices ─► subset of units ─► disk ─ new? ─► CrashState
 //! ```
 //!
 //! Up to the budget's number of units every subset is tried. Beyond it: all prefixes (a disk that
 //! stops), all single losses, all single survivors, and seeded subsets, from sparse to dense.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use super::replay::{Point, PointUnit};
-use crate::store::memory::{Disk, MemoryStore, ROOT};
+use super::replay::{Point, PointUnit, reached};
+use crate::store::memory::{Disk, MemoryStore};
 
 /// How many states to try at one point.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,7 +148,8 @@ impl Iterator for States {
     }
 }
 
-/// One disk that a power cut can leave. Its `Display` says which, and how to build it again.
+/// One disk that a power cut can leave. Its `Display` names the point and the units that survived
+/// (ranges include both ends): `RecordingStore::state` builds it from those again.
 pub struct CrashState {
     point: Arc<Point>,
     choice: Choice,
@@ -208,7 +209,7 @@ impl CrashState {
     }
 }
 
-/// Numbers as ranges, to be pasted into `RecordingStore::state` as they are or nearly so.
+/// The numbers of what was kept, as ranges with both ends.
 fn ranges(kept: &[bool]) -> String {
     let mut parts = Vec::new();
     let mut n = 0;
@@ -239,20 +240,6 @@ impl fmt::Debug for CrashState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
-}
-
-/// The inodes that have a name, and `/`.
-fn reached(disk: &Disk) -> BTreeSet<u64> {
-    let mut reached = BTreeSet::from([ROOT]);
-    let mut todo = vec![ROOT];
-    while let Some(dir) = todo.pop() {
-        for &ino in disk.dirs.get(&dir).into_iter().flat_map(BTreeMap::values) {
-            if reached.insert(ino) {
-                todo.push(ino);
-            }
-        }
-    }
-    reached
 }
 
 impl Point {
@@ -288,18 +275,16 @@ impl Point {
     /// Equal for disks that read the same: names, lengths and bytes.
     fn hash(&self, disk: &Disk) -> u64 {
         let mut hash = 0u64;
-        let mut feed = |word: u64| {
-            let product = u128::from(hash ^ 0x9e37_79b9_7f4a_7c15) * u128::from(word ^ !hash | 1);
-            hash = (product >> 64) as u64 ^ product as u64;
-        };
+        let mut feed = |word: u64| hash = mixed((hash ^ word).wrapping_add(1));
         let names = reached(disk);
         if self.units.iter().any(|unit| unit.unit.file().is_none()) {
             for (ino, dir) in disk.dirs.iter().filter(|(ino, _)| names.contains(ino)) {
                 feed(*ino);
                 feed(dir.len() as u64);
                 for (name, ino) in dir {
+                    feed(name.len() as u64);
                     name.as_bytes().iter().for_each(|&byte| feed(byte.into()));
-                    feed(u64::MAX - ino);
+                    feed(*ino);
                 }
             }
         }

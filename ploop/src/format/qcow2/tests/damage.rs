@@ -201,7 +201,7 @@ fn headers_that_cannot_be_right_are_refused_by_name() {
         (
             |i| i.be64(72, 1 << 40),
             Kind::Unsupported,
-            "unknown feature (incompatible feature bit 40",
+            "unknown feature, incompatible bit 40",
         ),
         (|i| i.be32(96, 7), Kind::Corrupt, "refcount order"),
         (|i| i.be32(100, 100), Kind::Corrupt, "100 bytes long"),
@@ -319,7 +319,7 @@ fn an_entry_off_the_grid_is_a_fault() {
     file.read_at(&mut raw, 0x4_0000).unwrap();
     let entry = u64::from_be_bytes(raw);
     for zero in [0, 1] {
-        file.write_at(&(entry + 512 | zero).to_be_bytes(), 0x4_0000)
+        file.write_at(&((entry + 512) | zero).to_be_bytes(), 0x4_0000)
             .unwrap();
         let delta = Qcow2Delta::open(file.clone()).unwrap();
         assert_eq!(map(&delta)[0].place, Place::Fault);

@@ -1,0 +1,317 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::output::parse_size;
+
+const AFTER: &str = "\
+Sizes: a number and B, K, M, G or T (powers of 1024); without a letter, bytes (OpenVZ verbs: sectors).
+SOURCE: an image file, a disk directory or a DiskDescriptor.xml, each optionally followed by
+@SNAPSHOT; where a store is used, the name of a container.
+Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 exists, 5 in use, 6 damaged, 7 unsupported,
+8 no space, 9 not permitted.";
+
+/// Disks for containers: templates, instant clones, and a server for them.
+#[derive(Debug, Parser)]
+#[command(name = "ploop", version, after_help = AFTER, propagate_version = true)]
+pub(crate) struct Cli {
+    /// The store's directory.
+    #[arg(long, global = true, env = "PLOOP_ROOT", default_value = snapshots::DEFAULT_ROOT)]
+    pub root: PathBuf,
+    /// Say more on standard error; twice: still more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Templates: sealed disks that containers are cloned from.
+    #[command(subcommand)]
+    Template(Template),
+    /// Make a container from a template.
+    Create(Create),
+    /// List the containers of the store.
+    List(Json),
+    /// Describe a container, a disk or an image.
+    Info(Info),
+    /// Remove containers and their data.
+    Rm(Rm),
+    /// Serve a disk, an image or a whole store over NBD.
+    Serve(Serve),
+    /// Copy a disk or an image into another format.
+    Convert(Convert),
+    /// Check a disk or an image; never writes.
+    #[command(visible_alias = "fsck")]
+    Check(Check),
+    /// Show the whole of it on a store in a temporary directory.
+    Demo(Demo),
+    /// OpenVZ: make a new image with its DiskDescriptor.xml.
+    Init(Init),
+    /// OpenVZ: list the snapshots of a DiskDescriptor.xml.
+    SnapshotList(SnapshotList),
+    /// Print completions for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Any other verb of OpenVZ's.
+    #[command(external_subcommand)]
+    Other(Vec<String>),
+}
+
+impl Command {
+    /// True when errors are to be printed as JSON, too.
+    pub(crate) fn wants_json(&self) -> bool {
+        match self {
+            Command::Template(Template::Import(i)) => i.json.json,
+            Command::Template(Template::List(j) | Template::Info { json: j, .. }) => j.json,
+            Command::Create(c) => c.json.json,
+            Command::List(j) => j.json,
+            Command::Info(i) => i.json.json,
+            Command::Convert(c) => c.json.json,
+            Command::Check(c) => c.json.json,
+            _ => false,
+        }
+    }
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Json {
+    /// Print JSON, for programs.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Template {
+    /// Make a template from a directory, a tar archive, an image or a disk.
+    Import(Import),
+    /// List the templates of the store.
+    List(Json),
+    /// Describe a template.
+    Info {
+        /// The template.
+        name: String,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// Remove a template that no container is cloned from.
+    Rm {
+        /// The template.
+        name: String,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Import {
+    /// The new template's name.
+    pub name: String,
+    /// A directory, a .tar[.gz|.zst], an image (raw, ploop, qcow2) or a disk directory.
+    pub source: String,
+    /// Size of the disk [default: the content and a quarter more; an image: its own size].
+    #[arg(long, value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// Put the filesystem on the whole disk, without a partition table.
+    #[arg(long)]
+    pub no_partition: bool,
+    /// Label of the filesystem, 16 bytes at most.
+    #[arg(long)]
+    pub label: Option<String>,
+    /// Cluster size: a power of two from 32K to 64M.
+    #[arg(long, value_parser = parse_size, default_value = "64K")]
+    pub cluster: u64,
+    #[command(flatten)]
+    pub from: From,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct From {
+    /// Take the source for this format instead of looking at its first bytes.
+    #[arg(long, value_enum)]
+    pub from: Option<Format>,
+    /// A further directory that files named by the source may lie in.
+    #[arg(long, value_name = "DIR")]
+    pub allow_dir: Vec<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Format {
+    Raw,
+    Ploop,
+    Qcow2,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Create {
+    /// Names of the new containers.
+    #[arg(required = true)]
+    pub names: Vec<String>,
+    /// The template.
+    #[arg(long)]
+    pub template: String,
+    /// Size of the disk; not below the template's. Partition and filesystem are grown with it.
+    #[arg(long, value_parser = parse_size)]
+    pub size: Option<u64>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Info {
+    /// What to describe.
+    pub source: String,
+    /// OpenVZ: print size, blocksize and fmt_version.
+    #[arg(short = 's')]
+    pub sizes: bool,
+    #[command(flatten)]
+    pub from: From,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Rm {
+    /// The containers.
+    #[arg(required = true)]
+    pub names: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["source", "store"]))]
+#[command(group = clap::ArgGroup::new("where").required(true).args(["socket", "listen", "activation"]).multiple(true))]
+pub(crate) struct Serve {
+    /// What to serve.
+    pub source: Option<String>,
+    /// Serve every container (NAME), every snapshot (NAME@GUID, read-only) and every template
+    /// (template:NAME, read-only) of the store.
+    #[arg(long)]
+    pub store: bool,
+    /// Listen on a unix socket, created with mode 0600.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Listen on TCP: 127.0.0.1:10809, [::1]:10809.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<String>,
+    /// Take the listening sockets from systemd (LISTEN_FDS).
+    #[arg(long)]
+    pub activation: bool,
+    /// Allow TCP beyond loopback, without encryption.
+    #[arg(long)]
+    pub insecure_listen: bool,
+    /// Name of the export [default: the container's name, or the file's].
+    #[arg(long, value_name = "EXPORT", conflicts_with = "store")]
+    pub name: Option<String>,
+    /// Serve read-only.
+    #[arg(long)]
+    pub read_only: bool,
+    #[command(flatten)]
+    pub from: From,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Convert {
+    /// What to copy.
+    pub source: String,
+    /// The new file; must not exist. `-` is standard output (raw only).
+    pub target: String,
+    /// The new file's format.
+    #[arg(long, value_enum)]
+    pub to: To,
+    /// Cluster size of the new file [default: the source's, or 64K].
+    #[arg(long, value_parser = parse_size)]
+    pub cluster: Option<u64>,
+    #[command(flatten)]
+    pub from: From,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum To {
+    Raw,
+    Ploop,
+    PloopV1,
+    Qcow2,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// What to check.
+    pub source: String,
+    /// Repair what was found.
+    #[arg(long)]
+    pub repair: bool,
+    #[command(flatten)]
+    pub from: From,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Demo {
+    /// Clone this many containers.
+    #[arg(long, default_value_t = 100)]
+    pub clones: u32,
+    /// Keep the store and say where it is.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Init {
+    /// The image to create; its DiskDescriptor.xml goes beside it.
+    pub delta: PathBuf,
+    /// Size of the disk; without a letter, in sectors.
+    #[arg(short = 's', value_parser = parse_sectors)]
+    pub size: u64,
+    /// raw, expanded (v2), ploop1 (v1).
+    #[arg(short = 'f', default_value = "expanded")]
+    pub format: String,
+    /// Version of the format: 1 or 2.
+    #[arg(short = 'v', default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=2))]
+    pub version: u32,
+    /// Cluster size in sectors.
+    #[arg(short = 'b', default_value_t = 2048)]
+    pub blocksize: u32,
+    /// Filesystem: only `none`; `ploop template import` makes filesystems.
+    #[arg(short = 't', default_value = "none")]
+    pub fstype: String,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SnapshotList {
+    /// The DiskDescriptor.xml, or its directory.
+    pub descriptor: String,
+    /// No header.
+    #[arg(short = 'H')]
+    pub no_header: bool,
+    /// Leave the top out.
+    #[arg(short = 's')]
+    pub snapshots_only: bool,
+    /// Only this snapshot.
+    #[arg(short = 'u', long = "id")]
+    pub id: Option<String>,
+    /// Columns, of uuid, parent_uuid, current, fname.
+    #[arg(short = 'o', default_value = "parent_uuid,current,uuid,fname")]
+    pub columns: String,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// OpenVZ's sizes: a bare number counts sectors.
+fn parse_sectors(text: &str) -> Result<u64, String> {
+    let bytes = match text.parse::<u64>() {
+        Ok(sectors) => sectors.checked_mul(512).ok_or("the size is too large")?,
+        Err(_) => parse_size(text)?,
+    };
+    match bytes % 512 {
+        0 => Ok(bytes / 512),
+        _ => Err(format!("{bytes} bytes is no whole number of sectors")),
+    }
+}

@@ -1,0 +1,106 @@
+//! `info`, `convert`, `check`: one disk or image at a time.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use ploop::disk::open::Opener;
+use ploop::verify::Class;
+use ploop::{Error, Result};
+use serde_json::json;
+use snapshots::convert::{self, Kind, Target};
+
+use crate::args::{self, To};
+use crate::output::{Bar, line, print_json, size, table};
+
+pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
+    let (source, options) = super::locate(root, &i.source, &i.from)?;
+    let info = Opener::host().describe(&source, &options)?;
+    if i.json.json {
+        return print_json(&info);
+    }
+    if i.sizes {
+        line(format!("size:\t\t{}", info.virtual_size / 512))?;
+        line(format!("blocksize:\t{}", info.cluster_size / 512))?;
+        let version = if info.format == "ploop" { info.version } else { 0 };
+        return line(format!("fmt_version:\t{version}"));
+    }
+    line(format!("path      {}", info.path.display()))?;
+    line(format!("format    {} v{}", info.format, info.version))?;
+    line(format!("size      {} ({} bytes)", size(info.virtual_size), info.virtual_size))?;
+    line(format!("cluster   {}", size(info.cluster_size)))?;
+    line(format!("data      {}", size(info.data)))?;
+    line(format!("in use    {}", if info.in_use { "marked (open, or not closed cleanly)" } else { "no" }))?;
+    if let Some(key) = &info.encryption_key {
+        line(format!("encrypted with key {key}"))?;
+    }
+    let Some(top) = &info.top_guid else { return Ok(()) };
+    let rows = info.images.iter().map(|image| {
+        let guid = image.guid.clone().unwrap_or_default();
+        let current = if guid == *top { "*" } else { "" };
+        let file = image.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let parent = image.parent.clone().unwrap_or_else(|| "-".into());
+        vec![current.into(), guid, parent, size(image.data), file]
+    });
+    table(&["", "GUID", "PARENT", ">DATA", "FILE"], rows.collect())
+}
+
+pub(crate) fn convert(root: &Path, c: &args::Convert) -> Result<()> {
+    let (source, options) = super::locate(root, &c.source, &c.from)?;
+    let kind = match c.to {
+        To::Raw => Kind::Raw,
+        To::Ploop => Kind::Ploop,
+        To::PloopV1 => Kind::PloopV1,
+        To::Qcow2 => Kind::Qcow2,
+    };
+    let cluster_sectors = c.cluster.map(super::store::cluster_sectors).transpose()?;
+    let to = convert::To { kind, cluster_sectors };
+    let bar = Bar::new(true);
+    let progress = |done, total| bar.at("copy", done, Some(total));
+    let mut out = io::stdout().lock();
+    let to_stdout = c.target == "-";
+    let target = match to_stdout {
+        true if kind != Kind::Raw => {
+            return Err(Error::invalid("only --to raw can go to standard output"));
+        }
+        true => Target::Writer(&mut out),
+        false => Target::File(PathBuf::from(&c.target)),
+    };
+    let done = convert::convert(&Opener::host(), &source, &options, target, to, &progress)?;
+    drop(out);
+    drop(bar);
+    match (to_stdout, c.json.json) {
+        (true, _) => Ok(()),
+        (false, true) => print_json(&json!({
+            "target": c.target, "source_size": done.source_bytes,
+            "virtual_size": done.virtual_bytes, "data": done.bytes_written,
+        })),
+        (false, false) => {
+            line(format!("{}: {} of {}", c.target, size(done.bytes_written), size(done.virtual_bytes)))
+        }
+    }
+}
+
+pub(crate) fn check(root: &Path, c: &args::Check) -> Result<ExitCode> {
+    if c.repair {
+        return Err(Error::unsupported("this version checks, it does not repair yet")
+            .on(&c.source)
+            .fix("Keep a copy, and let OpenVZ's `ploop check` or `qemu-img check -r` repair it"));
+    }
+    let (source, options) = super::locate(root, &c.source, &c.from)?;
+    let report = fsck::check(&Opener::host(), &source, &options)?;
+    if c.json.json {
+        print_json(&report)?;
+    } else {
+        for f in &report.findings {
+            let file = f.file.display();
+            line(format!("{file}: offset {:#x}: {}: {}", f.offset, f.kind, f.what))?;
+        }
+        line(format!("{}: {}", c.source, report.class.name()))?;
+    }
+    Ok(match report.class {
+        Class::Clean | Class::Leak => ExitCode::SUCCESS,
+        Class::Dirty => ExitCode::from(1),
+        Class::Corrupt => ExitCode::from(ploop::Kind::Corrupt.exit_code()),
+    })
+}

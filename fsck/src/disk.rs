@@ -1,0 +1,267 @@
+//! A disk: its descriptor, every image of it, what holds between them, and what lies beside them.
+//!
+//! ```text
+//!  1  the descriptor                    a parser's refusal is the finding
+//!  2  each image on its own             named inside the disk, there, an image, whole
+//!  3  each image against its parent     cluster, version, size
+//!  4  parent volumes: 1–3 for the chain that this disk hangs on
+//!  5  leftovers in the directory        unfinished merges and conversions, orphans
+//!  6  the top, opened as a reader would: whatever opening refuses and 1–5 did not see
+//! ```
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use ploop::descriptor::{Descriptor, Guid, Image, Temporary};
+use ploop::disk::open::{DESCRIPTOR, OpenOptions, Opener, Source};
+use ploop::format::ploop::Header;
+use ploop::format::ploop::header::FLAG_CONVERTING;
+use ploop::locks::{Use, lock_image};
+use ploop::store::{Access, FileId};
+use ploop::verify::Class;
+use ploop::{Error, Kind, Result};
+
+use crate::image;
+use crate::names::{confined, leftovers};
+use crate::report::Findings;
+
+/// Volumes above each other, at most.
+const VOLUMES_MAX: usize = 256;
+
+struct Checker<'a> {
+    opener: &'a Opener,
+    found: &'a mut Findings,
+    /// Directories that files may lie in, resolved.
+    allowed: Vec<PathBuf>,
+    /// Resolved paths of all images that were named.
+    known: HashSet<PathBuf>,
+    ids: HashMap<FileId, PathBuf>,
+    /// The cluster that the source's descriptor asks for.
+    cluster_sectors: u32,
+}
+
+pub(crate) fn check(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    found: &mut Findings,
+) -> Result<()> {
+    let store = opener.store();
+    let xml = store.resolve(&source.path)?;
+    let dir = xml.parent().unwrap_or(Path::new("/")).to_path_buf();
+    let d = match opener.read_descriptor(&xml) {
+        Ok(d) => d,
+        Err(e) if e.kind() == Kind::Corrupt => {
+            found.corrupt("unreadable", &xml, &e);
+            return Ok(());
+        }
+        Err(e) => return Err(e),
+    };
+    let mut allowed = vec![dir.clone()];
+    for a in &options.allow {
+        allowed.push(store.resolve(a)?);
+    }
+    let mut checker = Checker {
+        opener,
+        found,
+        allowed,
+        known: HashSet::from([xml.clone()]),
+        ids: HashMap::new(),
+        cluster_sectors: d.cluster_sectors,
+    };
+    let all: Vec<&Image> = d.images.iter().collect();
+    let headers = checker.images(&d, &dir, &all)?;
+    checker.parents(&d, &headers);
+    checker.volumes(&d, &dir, &headers)?;
+    let merging = checker.marks(&d, &xml);
+    leftovers(store.as_ref(), &dir, &checker.known, merging, checker.found)?;
+    open_top(opener, source, options, found)
+}
+
+type Headers = HashMap<Guid, Header>;
+
+impl Checker<'_> {
+    /// Checks `images`, each on its own; gives the usable headers.
+    fn images(&mut self, d: &Descriptor, dir: &Path, images: &[&Image]) -> Result<Headers> {
+        let mut headers = Headers::new();
+        for image in images {
+            let named = dir.join(&image.file);
+            let raw = d.base_is_raw() && d.shot(image.guid).is_some_and(|s| s.parent == Guid::NONE);
+            match self.image(&named, raw) {
+                Ok(Some(header)) => {
+                    headers.insert(image.guid, header);
+                }
+                Ok(None) => {}
+                Err(e) => self.unopened(&named, e)?,
+            }
+        }
+        Ok(headers)
+    }
+
+    fn image(&mut self, named: &Path, raw: bool) -> Result<Option<Header>> {
+        let store = self.opener.store();
+        let real = confined(store.as_ref(), named, &self.allowed)?;
+        let file = store.open(&real, Access::Read)?;
+        self.known.insert(real.clone());
+        if let Some(other) = self.ids.insert(file.id(), real.clone()) {
+            let what = format!("two images of the disk are this file ({})", other.display());
+            self.found
+                .file("duplicate-file", Class::Corrupt, &real, what);
+        }
+        lock_image(file.as_ref(), Use::Read)?;
+        if raw {
+            return Ok(None);
+        }
+        image::check_backup(store.as_ref(), &real, self.found)?;
+        let Some(header) = image::check(file.as_ref(), self.found)? else {
+            return Ok(None);
+        };
+        if header.cluster_sectors != self.cluster_sectors {
+            let what = format!(
+                "clusters of {} sectors, the descriptor says {}",
+                header.cluster_sectors, self.cluster_sectors
+            );
+            let e = Error::corrupt(what).at(28);
+            self.found.corrupt("cluster-size-mismatch", &real, &e);
+        }
+        Ok(Some(header))
+    }
+
+    /// An image that could not be opened: a finding, or the end of the check.
+    fn unopened(&mut self, named: &Path, e: Error) -> Result<()> {
+        let kind = match e.kind() {
+            Kind::NotFound => "missing-file",
+            // A path rule's, not the operating system's.
+            Kind::Permission if e.raw_os_error().is_none() => "path-outside",
+            Kind::Invalid => "bad-path",
+            Kind::Corrupt => "unreadable",
+            _ => return Err(e),
+        };
+        self.found.corrupt(kind, named, &e);
+        Ok(())
+    }
+
+    /// What must hold between an image and the one that it lies on.
+    fn parents(&mut self, d: &Descriptor, headers: &Headers) {
+        // A conversion rewrites the images one after the other.
+        if headers.values().any(|h| h.flags & FLAG_CONVERTING != 0) {
+            return;
+        }
+        for shot in &d.shots {
+            if let (Some(child), Some(parent)) =
+                (headers.get(&shot.guid), headers.get(&shot.parent))
+                && let Some(image) = d.image(shot.guid)
+            {
+                self.pair(Path::new(&image.file), child, parent);
+            }
+        }
+    }
+
+    fn pair(&mut self, file: &Path, child: &Header, parent: &Header) {
+        if child.version != parent.version {
+            let (c, p) = (child.version.number(), parent.version.number());
+            let e = Error::corrupt(format!("a v{c} image on a v{p} one")).at(0);
+            self.found.corrupt("version-mismatch", file, &e);
+        }
+        if child.size_sectors < parent.size_sectors {
+            let (c, p) = (child.size_sectors, parent.size_sectors);
+            let e = Error::corrupt(format!("{c} sectors on a parent of {p}")).at(36);
+            self.found.corrupt("child-smaller-than-parent", file, &e);
+        }
+    }
+
+    /// The chains of parent volumes that this disk hangs on.
+    fn volumes(&mut self, d: &Descriptor, dir: &Path, headers: &Headers) -> Result<()> {
+        let (mut d, mut dir, mut headers) = (d.clone(), dir.to_path_buf(), headers.clone());
+        let mut seen = vec![dir.clone()];
+        let mut node = d.top;
+        loop {
+            let Some(outer) = d.outer_parent(node)? else {
+                return Ok(());
+            };
+            // The parser lets a parent be outside only where a volume says so.
+            let Some(parent) = d.volume.as_ref().and_then(|v| v.parent.clone()) else {
+                return Ok(());
+            };
+            let xml = dir.join(DESCRIPTOR);
+            let named = dir.join(parent);
+            let up = confined(self.opener.store().as_ref(), &named, &self.allowed);
+            let next = match up {
+                Ok(next) => next,
+                Err(e) => return self.unopened(&named, e),
+            };
+            if seen.contains(&next) || seen.len() == VOLUMES_MAX {
+                let e = Error::corrupt(format!("parent cycle among volumes at {}", next.display()));
+                self.found.corrupt("parent-cycle", &xml, &e);
+                return Ok(());
+            }
+            let above = match self.opener.read_descriptor(&next.join(DESCRIPTOR)) {
+                Ok(above) => above,
+                Err(e) => return self.unopened(&next.join(DESCRIPTOR), e),
+            };
+            let Ok(chain) = above.chain(outer) else {
+                let e = Error::corrupt(format!("the parent volume has no snapshot {outer}"));
+                self.found.corrupt("unknown-parent", &xml, &e);
+                return Ok(());
+            };
+            let below = self.images(&above, &next, &chain)?;
+            self.parents(&above, &below);
+            // The node of this volume that hangs on `outer` is the first of its chain.
+            let first = d.chain(node)?.first().map(|i| (i.guid, i.file.clone()));
+            if let Some((guid, file)) = first
+                && let (Some(child), Some(parent)) = (headers.get(&guid), below.get(&outer))
+            {
+                self.pair(&dir.join(file), child, parent);
+            }
+            seen.push(next.clone());
+            (d, dir, headers, node) = (above, next, below, outer);
+        }
+    }
+
+    /// Snapshots that are marked for removal; true when there is one.
+    fn marks(&mut self, d: &Descriptor, xml: &Path) -> bool {
+        for shot in d.shots.iter().filter(|s| s.temporary != Temporary::No) {
+            let guid = shot.guid;
+            let (kind, class, what) = match shot.temporary {
+                Temporary::Zero | Temporary::ZeroSwap => (
+                    "interrupted-merge",
+                    Class::Dirty,
+                    format!("a merge into snapshot {guid} was not finished"),
+                ),
+                // Its data is complete, and a reader may use it: a mark alone is no damage.
+                _ => (
+                    "temporary-snapshot",
+                    Class::Clean,
+                    format!("snapshot {guid} is marked for removal"),
+                ),
+            };
+            self.found.file(kind, class, xml, what);
+        }
+        d.shots.iter().any(|s| s.temporary != Temporary::No)
+    }
+}
+
+/// Opens the top for reading: there is one judgement on what is readable, and it is the opener's.
+fn open_top(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    found: &mut Findings,
+) -> Result<()> {
+    let Err(e) = opener.open(source, options) else {
+        return Ok(());
+    };
+    match e.kind() {
+        // Said already, or follows from what was said.
+        Kind::Corrupt | Kind::NotFound | Kind::Permission | Kind::Unsupported | Kind::Invalid
+            if found.class() >= Class::Dirty =>
+        {
+            Ok(())
+        }
+        Kind::Corrupt | Kind::NotFound | Kind::Permission => {
+            found.corrupt("unreadable", &source.path, &e);
+            Ok(())
+        }
+        _ => Err(e),
+    }
+}

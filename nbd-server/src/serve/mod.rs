@@ -1,0 +1,23 @@
+//! Moving bytes between clients and devices: the only place that knows the operating system.
+//!
+//! ```text
+//!  listen ─▶ accept ─▶ handshake ─▶ connection ─▶ engine
+//!  names     tokio task, deadline   own thread     no sockets
+//! ```
+//!
+//! Listening and the handshake are tokio's, where thousands may wait at once. A connection that has
+//! negotiated gets a thread of its own: one receive takes all requests that wait, the engine
+//! executes them, one send answers them. A request is never handed to another thread, because a
+//! hand-over costs as much as sixty reads from the page cache.
+
+mod activation;
+mod connection;
+pub mod engine;
+mod greet;
+mod input;
+mod listen;
+mod read;
+pub mod server;
+
+pub use engine::{Engine, Sink, Turn};
+pub use server::{Config, Server};

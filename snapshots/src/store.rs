@@ -1,0 +1,234 @@
+//! A store: the directory that templates, containers and their layers live in.
+//!
+//! ```text
+//! ROOT/
+//!   lock                      flock: shared to create a container, alone to import and remove
+//!   templates/NAME/           DiskDescriptor.xml → ../../layers/…, .ploop/meta.json
+//!   containers/NAME/          DiskDescriptor.xml → ../../layers/…, root.hds.{GUID}, .ploop/
+//!   layers/UUID/image.hds     sealed, mode 0400, owned by nobody
+//!   layers/UUID/refs/UUID     one empty file for each disk or layer that stands on it
+//!   layers/UUID/grown/BYTES   names the cached layer that grows this one to that size
+//!   tmp/UUID/                 work in progress; whoever works there holds a flock on it
+//! ```
+//!
+//! A disk appears and disappears by one rename of its directory: out of `tmp`, into `tmp`. A
+//! reference is durable before the descriptor that needs it and removed after it is gone, so the
+//! references are always a superset, and [`Root::collect`] removes what nobody refers to.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use fs2::FileExt;
+use ploop::disk::open::{OpenOptions, Opener};
+use ploop::error::{Error, Kind, Result};
+use ploop::store::{EntryKind, Store};
+use uuid::Uuid;
+
+/// Where a store is when nothing else is said.
+pub const DEFAULT_ROOT: &str = "/var/lib/ploop";
+
+const ROOMS: [&str; 4] = ["templates", "containers", "layers", "tmp"];
+
+/// An open store.
+#[derive(Debug)]
+pub struct Root {
+    dir: PathBuf,
+    opener: Opener,
+    locks: bool,
+}
+
+/// The store's lock; gone when dropped.
+#[derive(Debug)]
+pub struct StoreLock(#[expect(dead_code, reason = "held for its flock")] Option<File>);
+
+impl Root {
+    /// Opens the store at `dir`. With `create`, makes what is missing of it.
+    pub fn open(dir: &Path, create: bool) -> Result<Root> {
+        if create && !dir.exists() {
+            std::fs::create_dir_all(dir).map_err(|e| Error::io("create the store", dir, e))?;
+        }
+        Root::on(Opener::host(), dir, create, true)
+    }
+
+    /// The store at `dir` of any [`Store`]; `locks` only where files are the host's.
+    pub fn on(opener: Opener, dir: &Path, create: bool, locks: bool) -> Result<Root> {
+        let store = opener.store().clone();
+        let Ok(dir) = store.resolve(dir) else {
+            return Err(Error::new(Kind::NotFound, "there is no store here")
+                .on(dir)
+                .fix("`ploop template import` makes one; --root or PLOOP_ROOT chooses another"));
+        };
+        for room in ROOMS {
+            let path = dir.join(room);
+            match store.kind(&path)? {
+                Some(EntryKind::Dir) => {}
+                Some(_) => return Err(Error::invalid("is no directory").on(path)),
+                None if create => match store.create_dir(&path) {
+                    Err(e) if e.kind() != Kind::Exists => return Err(e),
+                    _ => store.sync_dir(&dir)?,
+                },
+                None => {
+                    let what = format!("this is no store: it has no {room}/");
+                    return Err(Error::new(Kind::NotFound, what).on(dir).fix(
+                        "`ploop template import` makes one; --root or PLOOP_ROOT chooses another",
+                    ));
+                }
+            }
+        }
+        Ok(Root { dir, opener, locks })
+    }
+
+    /// The store's directory, resolved.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What opens disks of this store, and shares their layers.
+    pub fn opener(&self) -> &Opener {
+        &self.opener
+    }
+
+    pub(crate) fn store(&self) -> &dyn Store {
+        self.opener.store().as_ref()
+    }
+
+    /// Options that let a disk of this store reach its layers.
+    pub fn open_options(&self, write: bool) -> OpenOptions {
+        OpenOptions { write, allow: vec![self.dir.clone()], ..OpenOptions::default() }
+    }
+
+    /// The directory of a container.
+    pub fn container(&self, name: &str) -> PathBuf {
+        self.dir.join("containers").join(name)
+    }
+
+    /// The directory of a template.
+    pub fn template(&self, name: &str) -> PathBuf {
+        self.dir.join("templates").join(name)
+    }
+
+    pub(crate) fn layers(&self) -> PathBuf {
+        self.dir.join("layers")
+    }
+
+    /// Waits for the store's lock: shared, or alone.
+    pub fn lock(&self, alone: bool) -> Result<StoreLock> {
+        if !self.locks {
+            return Ok(StoreLock(None));
+        }
+        let path = self.dir.join("lock");
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.open(&path).map_err(|e| Error::io("open", &path, e))?;
+        let locked = match alone {
+            true => FileExt::lock_exclusive(&file),
+            false => FileExt::lock_shared(&file),
+        };
+        locked.map_err(|e| Error::io("lock", &path, e))?;
+        Ok(StoreLock(Some(file)))
+    }
+
+    /// A fresh directory in `tmp`, removed with all in it when dropped.
+    pub(crate) fn work(&self) -> Result<Work<'_>> {
+        let path = self.dir.join("tmp").join(Uuid::new_v4().to_string());
+        self.store().create_dir(&path)?;
+        let lock = match self.locks {
+            true => Some(lock_dir(&path)?.ok_or_else(|| {
+                Error::new(Kind::InUse, "somebody else took our work directory").on(&path)
+            })?),
+            false => None,
+        };
+        Ok(Work { root: self, path, _lock: lock })
+    }
+
+    /// The names in a room, those that are no valid name left out.
+    pub(crate) fn names(&self, room: &str) -> Result<Vec<String>> {
+        let list = self.store().list(&self.dir.join(room))?;
+        let names = list.iter().filter_map(|n| n.to_str());
+        Ok(names.filter(|n| crate::name::check(n).is_ok()).map(str::to_owned).collect())
+    }
+
+    /// Removes what crashed work left in `tmp`. Errors of single entries are logged: they cost
+    /// space, nothing else.
+    pub(crate) fn collect_tmp(&self) -> Result<()> {
+        for name in self.store().list(&self.dir.join("tmp"))? {
+            let path = self.dir.join("tmp").join(name);
+            let free = match self.locks {
+                true => lock_dir(&path),
+                false => Ok(None),
+            };
+            if let Ok(Some(_lock)) = free
+                && let Err(e) = remove_tree(self.store(), &path)
+            {
+                tracing::warn!(error = %e, "a leftover of interrupted work stays");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The flock on a directory, or `None` when somebody holds it.
+fn lock_dir(path: &Path) -> Result<Option<File>> {
+    let dir = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    match FileExt::try_lock_exclusive(&dir) {
+        Ok(()) => Ok(Some(dir)),
+        Err(e) if e.raw_os_error() == fs2::lock_contended_error().raw_os_error() => Ok(None),
+        Err(e) => Err(Error::io("lock", path, e)),
+    }
+}
+
+/// A directory for work in progress.
+#[derive(Debug)]
+pub(crate) struct Work<'a> {
+    root: &'a Root,
+    path: PathBuf,
+    _lock: Option<File>,
+}
+
+impl Work<'_> {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = remove_tree(self.root.store(), &self.path) {
+            tracing::warn!(error = %e, "a work directory stays; the next import collects it");
+        }
+    }
+}
+
+/// Removes a file, or a directory with all in it; links are not followed. Nothing there is fine.
+pub(crate) fn remove_tree(store: &dyn Store, path: &Path) -> Result<()> {
+    match store.kind(path)? {
+        None => Ok(()),
+        Some(EntryKind::Dir) => {
+            for name in store.list(path)? {
+                remove_tree(store, &path.join(name))?;
+            }
+            store.remove_dir(path)
+        }
+        Some(_) => store.remove_file(path),
+    }
+}
+
+/// Writes a new small file and makes its bytes durable.
+pub(crate) fn write_new(store: &dyn Store, path: &Path, bytes: &[u8]) -> Result<()> {
+    let file = store.create(path, 0o600)?;
+    file.write_at(bytes, 0)?;
+    file.sync()
+}
+
+/// Reads a small file, `max` bytes at most.
+pub(crate) fn read_small(store: &dyn Store, path: &Path, max: u64) -> Result<Vec<u8>> {
+    let file = store.open(path, ploop::store::Access::Read)?;
+    let len = file.len()?;
+    if len > max {
+        let what = format!("{len} bytes; {max} is the limit");
+        return Err(Error::new(Kind::Corrupt, what).on(path));
+    }
+    let mut bytes = vec![0; len as usize];
+    ploop::store::read_exact(file.as_ref(), &mut bytes, 0)?;
+    Ok(bytes)
+}

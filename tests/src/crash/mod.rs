@@ -1,0 +1,72 @@
+//! What a power cut may leave of a disk, and who judges it.
+//!
+//! ```text
+//!  Fixture ── start image ──► RecordingStore ◄── workload (steps, threads, NBD engines)
+//!                                  │   └─ marks ──► History: what was begun, what was answered
+//!                 states_at(point) │                   │ view(point)
+//!                                  ▼                   ▼
+//!                             MemoryStore ─────► judge: opened by the shipped code, read, written,
+//!                                                       closed, checked; every sector against the view
+//! ```
+//!
+//! * [`history`]: the oracle. Says for every point and sector which values are allowed.
+//! * [`fixture`]: start images: empty, with holes, with a leaked tail, left dirty; bare or on a base.
+//! * [`workload`]: steps on a disk, written by hand or drawn from a seed, and who runs them.
+//! * [`judge`]: one state against one view.
+//! * [`sweep`]: every point of a run, every state of a point.
+//! * [`reorder`]: a store that performs one sync too early or too late.
+//! * [`nbd`]: the serving engine as a client sees it, without a socket.
+//! * [`qemu`]: the second opinion.
+//!
+//! A sector holds one number, 64 times over: which operation wrote it, and for which sector. So a
+//! sector that shows another's bytes, a mixture or garbage is known at a glance.
+
+pub mod fixture;
+pub mod history;
+pub mod judge;
+pub mod nbd;
+pub mod qemu;
+pub mod reorder;
+pub mod sweep;
+pub mod workload;
+
+pub use fixture::{Fixture, Shape};
+pub use history::{History, View};
+pub use judge::{Depth, judge};
+pub use sweep::{Sweep, Tally};
+pub use workload::{Runner, Step};
+
+/// Bytes of a cluster in every fixture: the smallest that OpenVZ's tools accept.
+pub const CLUSTER: u64 = 32 * 1024;
+/// Sectors of a cluster.
+pub const CLUSTER_SECTORS: u64 = CLUSTER / SECTOR;
+/// Bytes of a sector.
+pub const SECTOR: u64 = ploop::store::SECTOR;
+
+/// SplitMix64: enough randomness for choosing operations, and the same everywhere.
+#[derive(Clone, Debug)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    /// The next number.
+    pub fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.number() % n
+    }
+}
+
+/// A number from the environment, for longer runs and for repeating one.
+pub fn env(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")),
+        Err(_) => default,
+    }
+}

@@ -1,0 +1,143 @@
+//! The verdict of `check` on every case of the corpus, and that it writes nothing.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use ploop::Kind;
+use ploop::disk::open::{OpenOptions, Opener, Source};
+use ploop_tests::corpus::{self, Case};
+
+/// Cases whose class is not an accepted one, and why. Adding a check takes cases off this list;
+/// nothing may come onto it.
+const NOT_YET: &[(&str, &str)] = &[
+    ("214-ext-bad-md5", EXTENSION),
+    ("216-ext-bitmap-out-of-bounds", EXTENSION),
+    ("217-ext-bitmap-count", EXTENSION),
+    ("218-ext-section-length", EXTENSION),
+    ("219-ext-size-mismatch", EXTENSION),
+    ("220-ext-granularity", EXTENSION),
+    (
+        "547-desc-too-many-images",
+        "130 images are more than OpenVZ's tool reads, and fine here",
+    ),
+    ("638-qcow2-refcount-zero", REFCOUNTS),
+    ("639-qcow2-leaked-clusters", REFCOUNTS),
+    ("640-qcow2-refcount-high", REFCOUNTS),
+    ("641-qcow2-refcounts-wiped", REFCOUNTS),
+    ("653-qcow2-refcount-table-bad", REFCOUNTS),
+];
+const EXTENSION: &str = "nothing behind a format extension's magic is checked";
+const REFCOUNTS: &str = "qcow2 refcounts are not checked: reading needs none of them";
+
+/// Damaged images that are called by another right name than the corpus has for them.
+const OTHER_NAME: &[(&str, &str)] = &[
+    ("425-cluster-size-wrong", "bad-data-off"),
+    ("439-bat-only", "bad-data-off"),
+    ("443-huge-entry-count", "bat-truncated"),
+    ("445-v1-signature-on-v2", "entry-in-metadata"),
+];
+
+/// The class, or `unsupported`, or what kind of error there was.
+fn verdict(case: &Case, dir: &Path) -> (String, Vec<String>) {
+    let entry = dir.join(case.text("entry"));
+    let opener = Opener::host();
+    let source = match Source::parse(opener.store().as_ref(), entry.to_str().unwrap()) {
+        Ok(source) => source,
+        Err(e) => return (e.kind().name().into(), vec![e.to_string()]),
+    };
+    let allow = match case.text("group") {
+        "volume" => vec![dir.to_path_buf()],
+        _ => vec![],
+    };
+    let options = OpenOptions {
+        allow,
+        ..OpenOptions::default()
+    };
+    match fsck::check(&opener, &source, &options) {
+        Ok(report) => {
+            let worst = report.findings.iter().map(|f| f.class).max();
+            assert_eq!(report.class, worst.unwrap_or(fsck::Class::Clean));
+            let lines = report.findings.iter().map(|f| f.to_string());
+            (report.class.name().into(), lines.collect())
+        }
+        Err(e) if e.kind() == Kind::Unsupported => ("unsupported".into(), vec![e.to_string()]),
+        Err(e) => (format!("error: {}", e.kind().name()), vec![e.to_string()]),
+    }
+}
+
+/// Every file below `dir`: length and modification time.
+fn state(dir: &Path) -> BTreeMap<PathBuf, (u64, std::time::SystemTime)> {
+    let mut out = BTreeMap::new();
+    let mut todo = vec![dir.to_path_buf()];
+    while let Some(dir) = todo.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let meta = std::fs::symlink_metadata(&path).unwrap();
+            if meta.is_dir() {
+                todo.push(path.clone());
+            }
+            out.insert(path, (meta.len(), meta.modified().unwrap()));
+        }
+    }
+    out
+}
+
+#[test]
+fn every_case_gets_an_accepted_class_but_for_a_list_that_only_shrinks() {
+    let (mut wrong, mut report) = (BTreeSet::new(), String::new());
+    for case in corpus::cases() {
+        let tmp = case.unpack();
+        let dir = std::fs::canonicalize(tmp.path()).unwrap();
+        let before = state(&dir);
+        let (class, lines) = verdict(&case, &dir);
+        assert_eq!(
+            state(&dir),
+            before,
+            "{}: a check wrote something",
+            case.name
+        );
+        let accepted = case.expect["check"]["classes_accepted"].as_array().unwrap();
+        if !accepted.iter().any(|a| a.as_str() == Some(&class)) {
+            report += &format!("{}: {class}, not {accepted:?}\n", case.name);
+            for line in lines.iter().take(3) {
+                report += &format!("    {line}\n");
+            }
+            wrong.insert(case.name.clone());
+        }
+    }
+    let listed = NOT_YET.iter().map(|(name, _)| (*name).to_owned()).collect();
+    assert_eq!(wrong, listed, "\n{report}");
+}
+
+#[test]
+fn a_defect_of_an_image_or_chain_is_called_by_its_stable_name() {
+    let mut wrong = Vec::new();
+    for case in corpus::cases() {
+        let groups = [
+            "corrupt-image",
+            "corrupt-chain",
+            "dirty",
+            "corrupt-extension",
+        ];
+        let listed = NOT_YET.iter().any(|(name, _)| *name == case.name);
+        if listed || !groups.contains(&case.text("group")) {
+            continue;
+        }
+        let mut want: BTreeSet<&str> = BTreeSet::new();
+        for defect in case.expect["check"]["defects"].as_array().unwrap() {
+            want.insert(defect["kind"].as_str().unwrap());
+        }
+        let other = OTHER_NAME.iter().filter(|(name, _)| *name == case.name);
+        want.extend(other.map(|(_, kind)| kind));
+        let tmp = case.unpack();
+        let dir = std::fs::canonicalize(tmp.path()).unwrap();
+        let (class, lines) = verdict(&case, &dir);
+        let named = |kind: &&str| lines.iter().any(|l| l.contains(&format!(" {kind}: ")));
+        if !want.iter().any(named) {
+            wrong.push(format!("{} {class} {want:?}: {lines:?}", case.name));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
