@@ -71,7 +71,7 @@ pub(crate) fn check(
     };
     let all: Vec<&Image> = d.images.iter().collect();
     let headers = checker.images(&d, &dir, &all)?;
-    checker.parents(&d, &headers);
+    checker.parents(&d, &dir, &headers);
     checker.volumes(&d, &dir, &headers)?;
     let merging = checker.marks(&d, &xml);
     leftovers(store.as_ref(), &dir, &checker.known, merging, checker.found)?;
@@ -142,7 +142,7 @@ impl Checker<'_> {
     }
 
     /// What must hold between an image and the one that it lies on.
-    fn parents(&mut self, d: &Descriptor, headers: &Headers) {
+    fn parents(&mut self, d: &Descriptor, dir: &Path, headers: &Headers) {
         // A conversion rewrites the images one after the other.
         if headers.values().any(|h| h.flags & FLAG_CONVERTING != 0) {
             return;
@@ -152,7 +152,7 @@ impl Checker<'_> {
                 (headers.get(&shot.guid), headers.get(&shot.parent))
                 && let Some(image) = d.image(shot.guid)
             {
-                self.pair(Path::new(&image.file), child, parent);
+                self.pair(&dir.join(&image.file), child, parent);
             }
         }
     }
@@ -205,7 +205,7 @@ impl Checker<'_> {
                 return Ok(());
             };
             let below = self.images(&above, &next, &chain)?;
-            self.parents(&above, &below);
+            self.parents(&above, &next, &below);
             // The node of this volume that hangs on `outer` is the first of its chain.
             let first = d.chain(node)?.first().map(|i| (i.guid, i.file.clone()));
             if let Some((guid, file)) = first

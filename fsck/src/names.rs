@@ -58,7 +58,11 @@ pub(crate) fn leftovers(
     for name in store.list(dir)? {
         let path = dir.join(&name);
         let text = name.to_string_lossy();
-        if text == DESCRIPTOR || known.contains(&path) {
+        // The backup of an image that is being converted begins like an image, and was judged
+        // with it.
+        let backup_of_known = path.extension().is_some_and(|e| e == "idx")
+            && known.contains(&path.with_extension(""));
+        if text == DESCRIPTOR || known.contains(&path) || backup_of_known {
             continue;
         }
         if store.kind(&path)? != Some(EntryKind::File) {

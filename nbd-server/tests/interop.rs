@@ -66,7 +66,7 @@ fn nbdinfo_sees_what_the_export_can_do() {
     let list = tool("nbdinfo", LIBNBD, &["--list", &server.uri("")]);
     assert!(list.contains("export=\"disk\""), "{list}");
     let (ok, _, err) = try_tool("nbdinfo", LIBNBD, &[&server.uri("other")]);
-    assert!(!ok && err.contains("no export 'other'"), "{err}");
+    assert!(!ok && err.contains("for export: other"), "{err}");
 }
 
 #[test]
@@ -247,20 +247,19 @@ extents = []
 h.block_status(size, 0, lambda ctx, at, entries, err: extents.append((ctx, at, entries)))
 assert extents == [("base:allocation", 0, [1 << 20, 0, size - (1 << 20), 3])], extents
 one = []
-h.block_status(size, 512, lambda *a: one.append(a[2]), nbd.CMD_FLAG_REQ_ONE)
+h.block_status(size - 512, 512, lambda *a: one.append(a[2]), nbd.CMD_FLAG_REQ_ONE)
 assert one == [[(1 << 20) - 512, 0]], one
 
 # Many requests in flight, answered each with its own bytes.
 bufs = []
+cookies = []
 for i in range(500):
-    h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray([i % 251 + 1]) * 4096), (1 << 20) + i * 4096)
+    b = nbd.Buffer.from_bytearray(bytearray([i % 251 + 1]) * 4096)
+    cookies.append(h.aio_pwrite(b, (1 << 20) + i * 4096))
 while h.aio_in_flight():
     h.poll(-1)
-    while True:
-        c = h.aio_peek_command_completed()
-        if c <= 0:
-            break
-        assert h.aio_command_completed(c)
+for cookie in cookies:
+    assert h.aio_command_completed(cookie)
 for i in range(500):
     b = nbd.Buffer(4096)
     bufs.append((i, b, h.aio_pread(b, (1 << 20) + i * 4096)))

@@ -146,7 +146,7 @@ fn run(seed: u64, ops: u64, version: Version, with_base: bool) {
             let scan = scan_image(file.as_ref()).unwrap();
             let worst = class_of(&scan.findings);
             assert!(worst == Class::Clean, "after close at op {i}: {:?}", scan.findings);
-            assert!(scan.used.len() as u64 <= clusters);
+            assert!(scan.used.count() <= clusters);
             disk = open(&store, Path::new("/top"), below());
             check_all(&disk, &oracle);
         }

@@ -126,7 +126,9 @@ fn copy_changes(flat: &dyn StoreFile, before: &dyn Device, after: &dyn Device) -
         ploop::store::read_or_zero(flat, &mut new[..n], at)?;
         old.fill(0);
         let m = before.size().saturating_sub(at).min(n as u64) as usize;
-        before.read(at, &mut old[..m])?;
+        if m > 0 {
+            before.read(at, &mut old[..m])?;
+        }
         if new[..n] != old[..n] {
             after.write(at, &new[..n])?;
         }

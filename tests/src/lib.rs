@@ -3,4 +3,5 @@
 #![allow(clippy::unwrap_used, reason = "in tests a panic with a line number is the report")]
 
 pub mod corpus;
+pub mod crash;
 pub mod tools;

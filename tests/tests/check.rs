@@ -141,3 +141,86 @@ fn a_defect_of_an_image_or_chain_is_called_by_its_stable_name() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+fn named(name: &str) -> (Case, tempfile::TempDir) {
+    let case = corpus::cases()
+        .into_iter()
+        .find(|c| c.name == name)
+        .unwrap();
+    let tmp = case.unpack();
+    (case, tmp)
+}
+
+fn check(path: &Path, allow: &[&Path]) -> ploop::Result<fsck::Report> {
+    let opener = Opener::host();
+    let source = Source::parse(opener.store().as_ref(), path.to_str().unwrap())?;
+    let allow = allow.iter().map(|p| p.to_path_buf()).collect();
+    let options = OpenOptions {
+        allow,
+        ..OpenOptions::default()
+    };
+    fsck::check(&opener, &source, &options)
+}
+
+#[test]
+fn damage_in_a_parent_volume_is_the_clones_damage_too() {
+    let (case, tmp) = named("121-volume-tree");
+    let dir = std::fs::canonicalize(tmp.path()).unwrap();
+    let base = dir.join("base/image.hds");
+    let file = std::fs::File::options().write(true).open(&base).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xFF; 4], 64).unwrap();
+    let report = check(&dir.join(case.text("entry")), &[&dir]).unwrap();
+    assert_eq!(report.class, fsck::Class::Corrupt);
+    let f = &report.findings[0];
+    assert_eq!((f.kind, &f.file, f.offset), ("entry-beyond-eof", &base, 64));
+}
+
+#[test]
+fn a_disk_that_is_written_and_one_that_is_not_there_are_no_verdicts() {
+    let (case, tmp) = named("101-chain-3");
+    let path = tmp.path().join(case.text("entry"));
+    let opener = Opener::host();
+    let source = Source::parse(opener.store().as_ref(), path.to_str().unwrap()).unwrap();
+    let write = OpenOptions {
+        write: true,
+        ..OpenOptions::default()
+    };
+    let disk = opener.open(&source, &write).unwrap();
+    assert_eq!(check(&path, &[]).unwrap_err().kind(), Kind::InUse);
+    drop(disk);
+    assert_eq!(check(&path, &[]).unwrap().class, fsck::Class::Clean);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(check(tmp.path(), &[]).unwrap_err().kind(), Kind::NotFound);
+}
+
+#[test]
+fn what_lies_beside_a_disk_is_told_apart() {
+    let (case, tmp) = named("101-chain-3");
+    let dir = std::fs::canonicalize(tmp.path()).unwrap();
+    let path = dir.join(case.text("entry"));
+    let kinds = || {
+        let report = check(&path, &[]).unwrap();
+        let name = |f: &PathBuf| f.file_name().unwrap().to_str().unwrap().to_owned();
+        let list = report.findings.iter().map(|f| (f.kind, name(&f.file)));
+        (report.class, list.collect::<Vec<_>>())
+    };
+    for name in ["root.hds.statfs", "notes.txt", "big.bin"] {
+        std::fs::write(dir.join(name), "not an image").unwrap();
+    }
+    std::fs::create_dir(dir.join("root.hds.mnt")).unwrap();
+    assert_eq!(kinds(), (fsck::Class::Clean, vec![]));
+    std::fs::copy(dir.join("root.hds"), dir.join("copy")).unwrap();
+    std::fs::write(dir.join("DiskDescriptor.xml.tmp"), "").unwrap();
+    let found = vec![
+        ("orphan-file", "DiskDescriptor.xml.tmp".to_owned()),
+        ("orphan-file", "copy".to_owned()),
+    ];
+    assert_eq!(kinds(), (fsck::Class::Leak, found.clone()));
+    std::fs::copy(dir.join("root.hds"), dir.join("root.hds.idx")).unwrap();
+    let (class, list) = kinds();
+    assert_eq!(class, fsck::Class::Dirty);
+    assert_eq!(
+        list[0],
+        ("conversion-interrupted", "root.hds.idx".to_owned())
+    );
+}

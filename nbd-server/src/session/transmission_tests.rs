@@ -78,13 +78,10 @@ fn every_command_with_every_combination_of_flags() {
                     512,
                 );
                 let illegal = flags & !legal(style, command) != 0;
-                let no_payload = style == Style::Extended
-                    && command == kind::WRITE
-                    && flags & flag::PAYLOAD_LEN == 0;
                 let no_context = style == Style::Simple && command == kind::BLOCK_STATUS;
-                if illegal || no_payload || no_context {
+                if illegal || no_context {
                     let has_payload = match style {
-                        Style::Extended => flags & flag::PAYLOAD_LEN != 0,
+                        Style::Extended if flags & flag::PAYLOAD_LEN != 0 => true,
                         _ => command == kind::WRITE,
                     };
                     let discard = if has_payload { length } else { 0 };
@@ -216,6 +213,31 @@ fn long_requests() {
         matches!(next, Next::Command { .. }),
         "64-bit lengths are whole: {next:?}"
     );
+}
+
+#[test]
+fn an_extended_write_has_a_payload_even_when_its_flag_is_missing() {
+    let rules = rules(Style::Extended, false);
+    for flags in [0, flag::PAYLOAD_LEN] {
+        let next = look(&rules, request(kind::WRITE, flags, 0, 512), 600);
+        assert!(
+            matches!(
+                next,
+                Next::Command {
+                    header: 32,
+                    payload: 512,
+                    ..
+                }
+            ),
+            "{next:?}"
+        );
+    }
+    let next = look(
+        &rules,
+        request(kind::WRITE, 0, 0, u64::from(MAX_PAYLOAD) + 1),
+        0,
+    );
+    assert!(matches!(next, Next::Violation(_)));
 }
 
 #[test]

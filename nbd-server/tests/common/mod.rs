@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 #[path = "../../src/testing.rs"]
 pub(crate) mod testing;
 
+#[allow(unused_imports, reason = "each test file uses its own part")]
 pub(crate) use testing::{CLUSTER, FileDevice};
 
 /// A server on a unix socket, in a thread of its own.

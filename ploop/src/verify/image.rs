@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use super::{Finding, FindingKind};
+use super::used::Owners;
+use super::{Finding, FindingKind, Used};
 use crate::error::Result;
 use crate::format::ploop::delta::{EntryFault, judge, read_header};
 use crate::format::ploop::extension::{self, Extension};
@@ -26,8 +27,8 @@ pub struct ImageScan {
     pub file_len: u64,
     /// What is wrong, in file order; at most [`FINDINGS_MAX`] and a last one that counts the rest.
     pub findings: Vec<Finding>,
-    /// File clusters in use, counted from the data area's start; sorted, without duplicates.
-    pub used: Vec<u32>,
+    /// File clusters in use.
+    pub used: Used,
     /// Pages of 1024 BAT entries that have a non-zero one.
     pub pages: BTreeSet<u32>,
 }
@@ -36,8 +37,8 @@ struct Scanner<'a> {
     file: &'a dyn StoreFile,
     scan: ImageScan,
     omitted: u64,
-    /// (file cluster, slot) of every good entry.
-    owners: Vec<(u32, u32)>,
+    /// Every good entry.
+    owners: Owners,
 }
 
 /// Checks one ploop image. Never writes. An error means that the header cannot be used at all (or
@@ -45,8 +46,8 @@ struct Scanner<'a> {
 pub fn scan_image(file: &dyn StoreFile) -> Result<ImageScan> {
     let (header, file_len) = read_header(file)?;
     let scan =
-        ImageScan { header, file_len, findings: vec![], used: vec![], pages: BTreeSet::new() };
-    let mut s = Scanner { file, scan, omitted: 0, owners: vec![] };
+        ImageScan { header, file_len, findings: vec![], used: Used::default(), pages: BTreeSet::new() };
+    let mut s = Scanner { file, scan, omitted: 0, owners: Owners::default() };
     s.header_fields();
     s.entries()?;
     s.duplicates();
@@ -148,26 +149,27 @@ impl Scanner<'_> {
         };
         let number = (offset - h.data_start) / cluster;
         // Both fit: `judge` bounded the cluster by an entry of 32 bits, and slots by `entries`.
-        self.owners.push((number as u32, slot as u32));
+        self.owners.add(number as u32, slot as u32);
         self.scan.pages.insert((slot / PAGE_ENTRIES) as u32);
     }
 
     fn duplicates(&mut self) {
-        let mut owners = std::mem::take(&mut self.owners);
-        owners.sort_unstable();
+        let mut pairs = Vec::new();
+        let mut more = 0;
+        let owners = std::mem::take(&mut self.owners);
+        self.scan.used = owners.finish(&mut |first, second| match pairs.len() {
+            FINDINGS_MAX.. => more += 1,
+            _ => pairs.push((first, second)),
+        });
+        self.omitted += more;
         let cluster = self.scan.header.cluster_bytes();
-        for pair in owners.windows(2) {
-            let [(a, first), (b, second)] = pair else { continue };
-            if a == b {
-                let slot = u64::from(*second);
-                let what = format!("BAT entries {first} and {second} name the same file cluster");
-                let guest = slot * cluster..(slot + 1) * cluster;
-                let at = Header::slot_offset(slot);
-                self.found(FindingKind::DuplicateEntry, at, Some(guest), what);
-            }
+        for (first, second) in pairs {
+            let slot = u64::from(second);
+            let what = format!("BAT entries {first} and {second} name the same file cluster");
+            let guest = slot * cluster..(slot + 1) * cluster;
+            let at = Header::slot_offset(slot);
+            self.found(FindingKind::DuplicateEntry, at, Some(guest), what);
         }
-        self.scan.used = owners.into_iter().map(|(number, _)| number).collect();
-        self.scan.used.dedup();
     }
 
     fn length(&mut self) {
@@ -177,10 +179,10 @@ impl Scanner<'_> {
         let data = len - h.data_start;
         // Clusters of a valid extension belong to nobody's entry, and are no leak.
         let extension = extension::in_force(h) && h.extension_sector * SECTOR < len;
-        let used = self.scan.used.last().map_or(0, |&last| u64::from(last) + 1);
+        let used = self.scan.used.end();
         let whole = data / cluster;
         let used_end = h.data_start + used * cluster;
-        let held = self.scan.used.len() as u64;
+        let held = self.scan.used.count();
         if !data.is_multiple_of(cluster) && used_end < len {
             let what = format!("the file's length of {len} bytes is no multiple of the cluster");
             self.found(FindingKind::LengthMisaligned, len, None, what);
@@ -211,8 +213,7 @@ impl Scanner<'_> {
                 self.found(FindingKind::ExtensionDangling, 56, None, what);
             }
             Extension::NoMagic => {
-                let cluster = ((at - h.data_start) / h.cluster_bytes()) as u32;
-                let owned = self.scan.used.binary_search(&cluster).is_ok();
+                let owned = self.scan.used.contains((at - h.data_start) / h.cluster_bytes());
                 let (kind, what) = if owned {
                     (FindingKind::ExtensionOverlapsData, "the extension's cluster holds guest data")
                 } else {
@@ -221,8 +222,7 @@ impl Scanner<'_> {
                 self.found(kind, 56, None, what.into());
             }
             Extension::Sections(sections) => {
-                let cluster = ((at - h.data_start) / h.cluster_bytes()) as u32;
-                if self.scan.used.binary_search(&cluster).is_ok() {
+                if self.scan.used.contains((at - h.data_start) / h.cluster_bytes()) {
                     let what = "a BAT entry names the cluster of the format extension".into();
                     self.found(FindingKind::ExtensionOverlapsData, 56, None, what);
                 }

@@ -6,11 +6,13 @@
 
 mod image;
 mod merge;
+mod used;
 
 use std::ops::Range;
 use std::path::PathBuf;
 
 pub use merge::merge_untouched;
+pub use used::Used;
 pub use image::{ImageScan, PAGE_ENTRIES, scan_image};
 
 /// How bad a finding is. The class of a whole check is the worst of its findings.

@@ -8,15 +8,16 @@
 //! 4  read inode tables   number → inode, and what each inode holds
 //! 5  debugfs             further names of such inodes; whatever else differs from the tree: mode,
 //!                        owner, time, device, attributes
-//! 6  read inode tables   every inode is as the tree says, or it is an error
-//! 7  e2fsck -fn          clean, or it is an error
+//! 6  e2fsck -fn          clean, or it is an error
+//! 7  e2fsck -fyD         an index for large directories; then step 6 again
+//! 8  read inode tables   every inode is as the tree says, or it is an error
 //! ```
 //!
 //! Only what is not a file or directory passes its name through debugfs; everything after that goes
 //! by inode number. Root and others make the same tree, since nothing of the stage but names and
 //! bytes counts.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -46,6 +47,8 @@ const LOST_INO: u32 = 11;
 /// Fewer inodes than this bear marks that can be told from a time of today.
 const MARKS: usize = 1 << 30;
 const LABEL_MAX: usize = 16;
+/// Subdirectories that a directory's count of links can tell: 65000, with itself and its name.
+const MANY: usize = 64_998;
 
 /// Where the file system goes and what it is made with.
 #[derive(Debug)]
@@ -114,8 +117,10 @@ pub(super) fn make(
     names(tree, &map, false)?.run(target.work, "links.debugfs", &target.name())?;
     attributes(target, tree, &map)?.run(target.work, "attributes.debugfs", &target.name())?;
     step(Step::Check, 0);
-    verify(target, &file, tree, &map)?;
     e2fsck(target)?;
+    index_directories(target, tree)?;
+    e2fsck(target)?;
+    verify(target, &file, tree, &map)?;
     step(Step::Check, count);
     Ok(())
 }
@@ -306,7 +311,7 @@ fn attributes(
             Some(found) => found,
             None => return number(map, id, &path_of(tree, id)).map(|_| script),
         };
-        let want = wanted(inode, &raw);
+        let want = wanted(tree, inode, &raw);
         let mut set = |field: &str, value: String| {
             script.add(&format!("sif <{ino}> {field} {value}"));
         };
@@ -344,7 +349,7 @@ fn attributes(
 }
 
 /// The inode as it must be; what the tree does not say is as it is.
-fn wanted(inode: &Inode, now: &Raw) -> Raw {
+fn wanted(tree: &Tree, inode: &Inode, now: &Raw) -> Raw {
     let (mtime, mtime_extra) = ext4::time_words(inode.meta.mtime);
     let mut out = Raw {
         mode: inode.kind.type_bits() | inode.meta.mode,
@@ -355,8 +360,13 @@ fn wanted(inode: &Inode, now: &Raw) -> Raw {
         ..*now
     };
     match &inode.kind {
-        // A directory's links are its subdirectories: e2fsck counts them.
-        Node::Dir(_) => return out,
+        Node::Dir(names) => {
+            // libext2fs counts past what 16 bits hold; ext4 says 1 for "too many".
+            if names.len() > MANY && subdirectories(tree, names) > MANY {
+                out.links = 1;
+            }
+            return out;
+        }
         Node::Char(d) | Node::Block(d) => out.block = ext4::device_words(*d),
         Node::File(Content { len, .. }) => out.size = *len,
         Node::Symlink(target) => out.size = target.len() as u64,
@@ -365,6 +375,13 @@ fn wanted(inode: &Inode, now: &Raw) -> Raw {
     // Tree::link_inode keeps them below 65000.
     out.links = inode.links as u16;
     out
+}
+
+fn subdirectories(tree: &Tree, names: &BTreeMap<Vec<u8>, InodeId>) -> usize {
+    names
+        .values()
+        .filter(|&&id| tree.names(id).is_some())
+        .count()
 }
 
 /// Values of attributes as files, one per different value.
@@ -409,7 +426,7 @@ fn verify(
         let Some(id) = left.remove(&ino) else {
             return Ok(());
         };
-        let want = wanted(tree.inode(id), &raw);
+        let want = wanted(tree, tree.inode(id), &raw);
         if raw == want {
             return Ok(());
         }
@@ -418,6 +435,23 @@ fn verify(
     match left.values().next() {
         Some(&id) => Err(differs(id, "it is not there".to_owned())),
         None => Ok(()),
+    }
+}
+
+/// Gives directories of more than a block the index that mke2fs does not: without it Linux searches
+/// them from end to end, forever.
+fn index_directories(target: &Target<'_>, tree: &Tree) -> Result<()> {
+    let large = |inode: &Inode| match &inode.kind {
+        Node::Dir(names) => names.keys().map(|n| n.len() + 8).sum::<usize>() > BLOCK as usize,
+        _ => false,
+    };
+    if !tree.inodes().any(|(_, inode)| large(inode)) {
+        return Ok(());
+    }
+    let out = tool::run("e2fsck", &["-fyD", &target.name()], target.work)?;
+    match out.code {
+        Some(0 | 1) => Ok(()),
+        _ => Err(tool::failed("e2fsck", &target.path(), &out)),
     }
 }
 

@@ -20,6 +20,8 @@ use ploop::error::{Error, Result};
 const NAME_MAX: usize = 255;
 /// Longest path, in bytes: what one system call takes.
 const PATH_MAX: usize = 4095;
+/// Deepest path, in components: whoever removes the stage holds a directory open per level.
+const DEPTH_MAX: usize = 400;
 /// Longest symbolic link: one block less the terminating zero.
 const TARGET_MAX: usize = 4095;
 /// Most names of one inode (ext4's).
@@ -162,6 +164,9 @@ pub(super) fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
             }
             _ => out.push(part),
         }
+    }
+    if out.len() > DEPTH_MAX {
+        return Err(refused(path, "it lies deeper than 400 directories"));
     }
     let len = out.iter().map(|p| p.len() + 1).sum::<usize>();
     if len > PATH_MAX + 1 {
@@ -471,7 +476,8 @@ mod tests {
         }
         let long = "x".repeat(256);
         assert!(components(long.as_bytes()).is_err());
-        assert!(components("a/".repeat(3000).as_bytes()).is_err());
+        assert!(components("a/".repeat(401).as_bytes()).is_err());
+        assert!(components(format!("{0}/", "x".repeat(200)).repeat(30).as_bytes()).is_err());
         assert_eq!(components(b"./a//b/./c/").unwrap(), [b"a", b"b", b"c"]);
         assert!(components(b"./").unwrap().is_empty());
     }

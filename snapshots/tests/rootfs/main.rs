@@ -50,6 +50,11 @@ fn a_directory_comes_out_as_it_went_in() {
         built.image.display()
     ));
     assert_imported(&built, &root);
+    // A large directory has its index (flag 0x1000).
+    sh(&format!(
+        "debugfs -R 'stat /many' '{}?offset=1048576' 2>/dev/null | grep -q 'Flags: 0x81000'",
+        built.image.display()
+    ));
     let built = import(&source, &whole(), &dir.path().join("b"));
     assert_eq!(
         (built.partition_offset, built.partition_bytes),

@@ -27,12 +27,25 @@ pub fn payload(id: u64, sectors: Range<u64>) -> Vec<u8> {
     sectors.flat_map(|s| word(id, s).to_le_bytes().repeat(64)).collect()
 }
 
+/// "Operation" that wrote the base of a fixture.
+pub const BASE: u64 = 0xFFFF_0001;
+/// "Operation" that wrote the start image of a fixture.
+pub const START: u64 = 0xFFFF_0002;
+/// "Operation" that wrote what no table entry of a fixture names.
+pub const JUNK: u64 = 0xFFFF_0003;
+
 /// For people: who wrote a value.
 pub fn name_of(value: u64) -> String {
-    match value {
-        0 => "zeros".into(),
-        v if v & 0xFF == 0xA5 => format!("operation {}, sector {}", v >> 32, (v >> 8 & 0xFF_FFFF) - 1),
-        v => format!("{v:#x}"),
+    if value == 0 {
+        return "zeros".into();
+    }
+    let sector = (value >> 8 & 0xFF_FFFF).wrapping_sub(1);
+    match value >> 32 {
+        _ if value & 0xFF != 0xA5 => format!("{value:#x}, which nobody wrote"),
+        BASE => format!("the base's sector {sector}"),
+        START => format!("the start image's sector {sector}"),
+        JUNK => format!("a leftover that nothing names ({sector})"),
+        id => format!("what operation {id} wrote to sector {sector}"),
     }
 }
 
@@ -80,8 +93,8 @@ pub struct History {
 pub struct View {
     /// For each sector the allowed values.
     pub allowed: Vec<Vec<u64>>,
-    /// An image that says that it is closed has one of these contents.
-    pub closed_contents: Vec<Words>,
+    /// An image that says that it is closed has one of these contents. `None`: not known.
+    pub closed_contents: Option<Vec<Words>>,
     /// The image was closed, and that was answered, and nothing was changed since.
     pub must_be_closed: bool,
 }
@@ -125,6 +138,23 @@ impl History {
     /// An answered discard made exactly these sectors zeros.
     pub fn saw_discard(&self, id: u64, zeroed: Vec<u64>) {
         self.ops.lock().unwrap()[id as usize].zeroed = Some(zeroed);
+    }
+
+    /// The points at which the most is promised: those of the store, and between marks wherever
+    /// something was just answered and the next thing is not yet begun. Every other point has the
+    /// same states as one of these, and allows no less.
+    pub fn points(&self) -> Vec<usize> {
+        let kind = |line: &String| {
+            let mark: u64 = line.strip_prefix("mark ")?.parse().ok()?;
+            Some(mark % KINDS)
+        };
+        let marks: Vec<Option<u64>> = self.store.log().iter().map(kind).collect();
+        let strict = |&point: &usize| {
+            let before = point.checked_sub(1).and_then(|p| marks[p]);
+            let after = marks.get(point).copied().flatten();
+            before != Some(BEGIN) && after.is_none_or(|kind| kind == BEGIN)
+        };
+        (0..=marks.len()).filter(strict).collect()
     }
 
     /// What was asked, a line each, for the report of a violation.
@@ -209,8 +239,8 @@ impl History {
         }
     }
 
-    fn closes(&self, ops: &[Op], spans: &[Option<Span>]) -> (Vec<Words>, bool) {
-        let mut contents = vec![self.initial.clone()];
+    fn closes(&self, ops: &[Op], spans: &[Option<Span>]) -> (Option<Vec<Words>>, bool) {
+        let mut contents = Some(vec![self.initial.clone()]);
         let mut closed = self.closed_at_start;
         for (op, span) in ops.iter().zip(spans) {
             let Some(span) = span else { continue };
@@ -218,9 +248,12 @@ impl History {
                 Asked::Close(words) => {
                     closed |= span.ok;
                     if span.ok {
-                        contents.clear();
+                        contents = Some(Vec::new());
                     }
-                    contents.extend(words.clone());
+                    contents = contents.zip(words.clone()).map(|(mut contents, words)| {
+                        contents.push(words);
+                        contents
+                    });
                 }
                 Asked::Write(_) | Asked::Zero(_) | Asked::Discard(_) => closed = false,
                 Asked::Flush | Asked::Seen(_) => {}
@@ -312,9 +345,9 @@ mod tests {
         assert!(!h.view(usize::MAX).must_be_closed);
         let content = Arc::new(vec![word(a, 0), 0, 0, 0]);
         let c = h.begin(Asked::Close(Some(content.clone())), false);
-        assert_eq!(h.view(usize::MAX).closed_contents.len(), 2);
+        assert_eq!(h.view(usize::MAX).closed_contents.unwrap().len(), 2);
         h.ok(c);
         let view = h.view(usize::MAX);
-        assert!(view.must_be_closed && view.closed_contents == [content]);
+        assert!(view.must_be_closed && view.closed_contents == Some(vec![content]));
     }
 }

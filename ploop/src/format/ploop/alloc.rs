@@ -18,6 +18,7 @@ use std::ops::Range;
 use super::header::Header;
 use crate::error::{Error, Kind, Result};
 use crate::store::StoreFile;
+use crate::verify::Used;
 
 /// The file grows by an eighth of itself, this many bytes at most, one cluster at least.
 const STEP_MAX: u64 = 128 << 20;
@@ -45,18 +46,17 @@ pub struct Taken {
 }
 
 impl Alloc {
-    /// For an image whose entries name `used` (sorted, no duplicates). The caller cuts the file
+    /// For an image whose entries name `used`. The caller cuts the file
     /// behind the last of them before the first [`Alloc::take`].
-    pub fn new(header: &Header, used: &[u32]) -> Alloc {
+    pub fn new(header: &Header, used: &Used) -> Alloc {
         let cluster = header.cluster_bytes();
         let mut free = BTreeMap::new();
         let mut next = 0u64;
-        for &u in used {
-            let u = u64::from(u);
-            if u > next {
-                free.insert(next, u);
+        for range in used.ranges() {
+            if u64::from(range.start) > next {
+                free.insert(next, u64::from(range.start));
             }
-            next = u + 1;
+            next = u64::from(range.end);
         }
         let per_entry = match header.version {
             super::Version::V1 => u64::from(header.cluster_sectors),
@@ -140,7 +140,7 @@ mod tests {
     fn holes_are_reused_before_the_file_grows_and_are_marked_stale() {
         let store = MemoryStore::new();
         let file = store.create(Path::new("/i"), 0o600).unwrap();
-        let mut a = Alloc::new(&header(), &[0, 1, 4, 6]);
+        let mut a = Alloc::new(&header(), &Used::from_iter([0, 1, 4, 6]));
         assert_eq!(a.take(5, &*file).unwrap(), Taken { clusters: 2..4, stale: true });
         assert_eq!(a.take(5, &*file).unwrap(), Taken { clusters: 5..6, stale: true });
         let t = a.take(3, &*file).unwrap();
@@ -160,7 +160,7 @@ mod tests {
         let store = MemoryStore::new();
         let file = store.create(Path::new("/i"), 0o600).unwrap();
         let h = Header::new(super::super::Version::V1, 131_072, 131_072 * 2).unwrap();
-        let mut a = Alloc::new(&h, &[]);
+        let mut a = Alloc::new(&h, &Used::default());
         a.next = a.limit - 1;
         a.grown = a.next;
         let t = a.take(9, &*file).unwrap();

@@ -1,0 +1,250 @@
+//! Start images: a disk directory as it lies there when the first request comes.
+//!
+//! | shape | the top image |
+//! |---|---|
+//! | `Empty` | as created |
+//! | `Used` | three clusters in use |
+//! | `Holes` | and a cluster between them that nothing names, full of leftovers |
+//! | `Tail` | and two and a half clusters behind the last one, full of leftovers |
+//! | `Dirty` | holes and tail, and the in-use mark: as after a crash |
+//!
+//! Over a base, the base has whole clusters, half ones, single sectors and holes.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ploop::chain::Chain;
+use ploop::descriptor::{Descriptor, Guid, Image, ImageKind, Shot, Temporary};
+use ploop::device::{Device, Segment, SegmentPlace};
+use ploop::disk::Disk;
+use ploop::disk::open::{OpenOptions, Opener, Source};
+use ploop::format::ploop::delta::read_header;
+use ploop::format::ploop::header::IN_USE_DIRTY;
+use ploop::format::ploop::top::Top;
+use ploop::format::ploop::{Header, PloopDelta, Version, create};
+use ploop::store::memory::MemoryStore;
+use ploop::store::{Access, Store, StoreFile};
+use ploop::verify::{FindingKind, scan_image};
+
+use super::history::{BASE, JUNK, START, Words, payload};
+use super::{CLUSTER, CLUSTER_SECTORS, SECTOR};
+
+const DIR: &str = "/disk";
+const XML: &str = "/disk/DiskDescriptor.xml";
+const BOTTOM: &str = "/disk/root.hds";
+const OVERLAY: &str = "/disk/root.hds.top";
+
+/// See the module text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// As created.
+    Empty,
+    /// Three clusters in use.
+    Used,
+    /// With a free cluster between them.
+    Holes,
+    /// With leftovers behind the end.
+    Tail,
+    /// All of that, and marked in use.
+    Dirty,
+}
+
+impl Shape {
+    /// All of them.
+    pub const ALL: [Shape; 5] =
+        [Shape::Empty, Shape::Used, Shape::Holes, Shape::Tail, Shape::Dirty];
+}
+
+/// A start image, and what is known of it.
+#[derive(Clone, Debug)]
+pub struct Fixture {
+    /// For reports.
+    pub name: String,
+    /// The store with the disk in it. Never changed: runs work on copies.
+    pub start: MemoryStore,
+    /// What the disk reads.
+    pub initial: Words,
+    /// Clusters of the disk.
+    pub clusters: u64,
+    /// What the checker finds in the top image.
+    pub findings: Vec<FindingKind>,
+    overlay: bool,
+}
+
+impl Fixture {
+    /// A disk of `clusters` clusters, on a base when `overlay`.
+    pub fn new(version: Version, shape: Shape, overlay: bool, clusters: u64) -> Fixture {
+        let store = MemoryStore::new();
+        store.create_dir(Path::new(DIR)).unwrap();
+        if overlay {
+            // Smaller than the top: what lies behind its end is zeros.
+            let size = clusters - 1;
+            let disk = new_image(&store, BOTTOM, version, size, None);
+            for cluster in 0..size {
+                write_base(&disk, cluster);
+            }
+            disk.close().unwrap();
+        }
+        let top = if overlay { OVERLAY } else { BOTTOM };
+        let below = overlay.then(|| sealed(&store, BOTTOM));
+        let disk = new_image(&store, top, version, clusters, below);
+        if shape != Shape::Empty {
+            for cluster in [1, 3, clusters - 2] {
+                let sectors = cluster * CLUSTER_SECTORS + 2..(cluster + 1) * CLUSTER_SECTORS - 3;
+                let at = sectors.start * SECTOR;
+                disk.write(at, &payload(START, sectors)).unwrap();
+            }
+        }
+        disk.close().unwrap();
+        drop(disk);
+        damage(&store, Path::new(top), shape);
+        write_descriptor(&store, clusters, overlay);
+
+        let name = format!("{version:?}, {shape:?}, {}", if overlay { "on a base" } else { "bare" });
+        let initial = Words::default();
+        let mut fixture = Fixture { name, start: store, initial, clusters, findings: vec![], overlay };
+        let disk = fixture.open(&fixture.start, false).unwrap();
+        fixture.initial = Arc::new(words_of(&disk).unwrap());
+        let scan = scan_image(fixture.top_file(&fixture.start).as_ref()).unwrap();
+        fixture.findings = scan.findings.iter().map(|f| f.kind).collect();
+        fixture
+    }
+
+    /// Sectors of the disk.
+    pub fn sectors(&self) -> u64 {
+        self.clusters * CLUSTER_SECTORS
+    }
+
+    /// True when the start image says that it is closed.
+    pub fn closed(&self) -> bool {
+        !self.findings.contains(&FindingKind::InUse)
+    }
+
+    /// True when the disk has a base.
+    pub fn overlay(&self) -> bool {
+        self.overlay
+    }
+
+    /// Where the writable image is.
+    pub fn top_path(&self) -> PathBuf {
+        if self.overlay { OVERLAY.into() } else { BOTTOM.into() }
+    }
+
+    /// Opens the disk in `store` the way the program does.
+    pub fn open(&self, store: &(impl Store + Clone + 'static), write: bool) -> ploop::Result<Disk> {
+        let store: Arc<dyn Store> = Arc::new(store.clone());
+        self.open_on(&store, write)
+    }
+
+    /// The same, on a store behind a pointer.
+    pub fn open_on(&self, store: &Arc<dyn Store>, write: bool) -> ploop::Result<Disk> {
+        let source = Source { path: XML.into(), descriptor: true, snapshot: None };
+        let options = OpenOptions { write, ..OpenOptions::default() };
+        Opener::on(store.clone()).open(&source, &options)
+    }
+
+    /// The writable image's file in `store`, for looking at.
+    pub fn top_file(&self, store: &dyn Store) -> Arc<dyn StoreFile> {
+        store.open(&self.top_path(), Access::Read).unwrap()
+    }
+}
+
+/// Reads a whole disk. Holes are not read. Error: a sector that is no single value.
+pub fn words_of(disk: &Disk) -> Result<Vec<u64>, String> {
+    let mut words = vec![0; (disk.size() / SECTOR) as usize];
+    let mut segments: Vec<Segment> = Vec::new();
+    let lease = disk.map(0..disk.size(), &mut segments).map_err(|e| format!("map: {e}"))?;
+    let mut buf = Vec::new();
+    for s in &segments {
+        let SegmentPlace::File { layer, offset } = s.place else {
+            if s.place == SegmentPlace::Hole {
+                continue;
+            }
+            return Err(format!("{s:?}: {:?}", lease.read(s, 0, &mut [0; 1])));
+        };
+        let (mut at, end) = (offset, offset + s.len);
+        let file = lease.file(layer);
+        while let Some(data) = file.next_data(at, end).map_err(|e| e.to_string())? {
+            buf.resize((data.end - data.start) as usize, 0);
+            lease.read(s, data.start - offset, &mut buf).map_err(|e| format!("read: {e}"))?;
+            let first = (s.offset + (data.start - offset)) / SECTOR;
+            for (sector, bytes) in (first..).zip(buf.chunks(SECTOR as usize)) {
+                words[sector as usize] = uniform(bytes)
+                    .ok_or_else(|| format!("sector {sector} holds more than one value"))?;
+            }
+            at = data.end;
+        }
+    }
+    Ok(words)
+}
+
+/// The number that a sector holds 64 times.
+pub fn uniform(sector: &[u8]) -> Option<u64> {
+    let (first, rest) = sector.split_first_chunk()?;
+    // Equal to itself shifted by one number: all numbers are equal.
+    (sector[..rest.len()] == *rest).then(|| u64::from_le_bytes(*first))
+}
+
+fn new_image(
+    store: &MemoryStore,
+    path: &str,
+    version: Version,
+    clusters: u64,
+    below: Option<Arc<Chain>>,
+) -> Disk {
+    let header = Header::new(version, CLUSTER_SECTORS as u32, clusters * CLUSTER_SECTORS).unwrap();
+    let file = create(store, Path::new(path), &header, 0o600).unwrap();
+    Disk::writable(below, Top::open(file).unwrap(), None).unwrap()
+}
+
+fn sealed(store: &MemoryStore, path: &str) -> Arc<Chain> {
+    let file = store.open(Path::new(path), Access::Read).unwrap();
+    Arc::new(Chain::new(vec![Arc::new(PloopDelta::open(file).unwrap())]).unwrap())
+}
+
+fn write_base(disk: &Disk, cluster: u64) {
+    let first = cluster * CLUSTER_SECTORS;
+    let sectors = match cluster % 5 {
+        0 => first..first + CLUSTER_SECTORS,
+        1 => first + 8..first + 9,
+        2 => first + 20..first + CLUSTER_SECTORS,
+        3 => first..first + 3,
+        _ => return,
+    };
+    disk.write(sectors.start * SECTOR, &payload(BASE, sectors)).unwrap();
+}
+
+/// Makes the shape out of an image whose file clusters 0, 1 and 2 are in use.
+fn damage(store: &MemoryStore, path: &Path, shape: Shape) {
+    let file = store.open(path, Access::Write).unwrap();
+    let (header, len) = read_header(file.as_ref()).unwrap();
+    if matches!(shape, Shape::Holes | Shape::Dirty) {
+        file.write_at(&[0; 4], Header::slot_offset(3)).unwrap();
+        // What was a good cluster's bytes must not be taken for an operation's.
+        file.write_at(&payload(JUNK, 0..CLUSTER_SECTORS), header.data_start + CLUSTER).unwrap();
+    }
+    if matches!(shape, Shape::Tail | Shape::Dirty) {
+        let half = if shape == Shape::Tail { 0 } else { CLUSTER_SECTORS / 2 };
+        file.write_at(&payload(JUNK, 1000..1000 + 2 * CLUSTER_SECTORS + half), len).unwrap();
+    }
+    if shape == Shape::Dirty {
+        file.write_at(header.marked(IN_USE_DIRTY).bytes(), 0).unwrap();
+    }
+}
+
+fn write_descriptor(store: &MemoryStore, clusters: u64, overlay: bool) {
+    let sectors = clusters * CLUSTER_SECTORS;
+    let base = Guid::parse("{11111111-2222-3333-4444-555555555555}").unwrap();
+    let first = if overlay { base } else { Guid::TOP };
+    let mut d =
+        Descriptor::new_single(sectors, CLUSTER_SECTORS as u32, false, first, "root.hds").unwrap();
+    if overlay {
+        let kind = ImageKind::Compressed;
+        d.images.push(Image { guid: Guid::TOP, kind, file: "root.hds.top".into() });
+        d.shots.push(Shot { guid: Guid::TOP, parent: base, temporary: Temporary::No });
+        d.top = Guid::TOP;
+    }
+    d.check().unwrap();
+    let file = store.create(Path::new(XML), 0o600).unwrap();
+    file.write_at(&d.to_xml(), 0).unwrap();
+}

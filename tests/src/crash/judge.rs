@@ -1,0 +1,129 @@
+//! One state that a power cut left, against what is allowed there.
+//!
+//! | question | promise |
+//! |---|---|
+//! | Does it read, read-only, with nothing written? Is every sector an allowed value? | 1, 2, 3 |
+//! | Are all entries of the table complete, for a tool that is not ours? | 3, 7 |
+//! | If it says that it is closed: is it clean, and is it the content that was closed? | 3, 7 |
+//! | Does it open for writing, reading the same? | 1, 3 |
+//! | Written, flushed, closed and opened again: is it those bytes, and clean? | 1, 3, 7 |
+
+use ploop::device::Device;
+use ploop::store::memory::MemoryStore;
+use ploop::verify::{Class, FindingKind, ImageScan, class_of, scan_image};
+
+use super::fixture::{Fixture, words_of};
+use super::history::{View, payload, word};
+use super::{CLUSTER_SECTORS, SECTOR};
+
+/// How much is asked of a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Reading and checking.
+    Look,
+    /// And going on to work with it.
+    Work,
+}
+
+/// "Operation" that the judge writes with.
+const PROBE: u64 = 0xFFFF_0004;
+
+/// Judges a state. An error says what is wrong, for people.
+pub fn judge(fx: &Fixture, view: &View, state: &MemoryStore, depth: Depth) -> Result<(), String> {
+    let scan = check_image(fx, view, state)?;
+    let disk = fx.open(state, false).map_err(|e| format!("open read-only: {e}"))?;
+    let words = words_of(&disk)?;
+    drop(disk);
+    view.check(&words)?;
+    if !scan.header.dirty()
+        && let Some(contents) = &view.closed_contents
+        && contents.iter().all(|c| **c != words)
+    {
+        let differs = words.iter().zip(contents[contents.len() - 1].iter());
+        let sector = differs.enumerate().find(|(_, (a, b))| a != b).map(|(s, _)| s);
+        return Err(format!(
+            "it says that it is closed, but its content is not the closed one (sector {sector:?})"
+        ));
+    }
+    match depth {
+        Depth::Look => Ok(()),
+        Depth::Work => work(fx, state, &words, &scan),
+    }
+}
+
+/// The image as a foreign tool finds it.
+fn check_image(fx: &Fixture, view: &View, state: &MemoryStore) -> Result<ImageScan, String> {
+    let scan = scan_image(fx.top_file(state).as_ref()).map_err(|e| format!("check: {e}"))?;
+    if class_of(&scan.findings) == Class::Corrupt {
+        return Err(format!("corrupt: {:?}", scan.findings));
+    }
+    if scan.header.dirty() {
+        return match view.must_be_closed {
+            true => Err("it is marked in use, though its close was answered".into()),
+            false => Ok(scan),
+        };
+    }
+    let kinds: Vec<FindingKind> = scan.findings.iter().map(|f| f.kind).collect();
+    if kinds != fx.findings && !clean_but_holes(fx, &kinds) {
+        return Err(format!("it says that it is closed, and is not clean: {:?}", scan.findings));
+    }
+    Ok(scan)
+}
+
+/// Clean, but for free clusters between others where the start image had them: they are used again,
+/// and until then nothing moves to fill them.
+fn clean_but_holes(fx: &Fixture, kinds: &[FindingKind]) -> bool {
+    let holes = FindingKind::UnreferencedClusters;
+    kinds.iter().all(|k| *k == holes) && (kinds.is_empty() || fx.findings.contains(&holes))
+}
+
+fn work(fx: &Fixture, state: &MemoryStore, words: &[u64], before: &ImageScan) -> Result<(), String> {
+    let error = |what: &str| {
+        let what = what.to_owned();
+        move |e: ploop::Error| format!("{what}: {e}")
+    };
+    let disk = fx.open(state, true).map_err(error("open for writing"))?;
+    if words_of(&disk)? != words {
+        return Err("opened for writing it reads other bytes than read-only".into());
+    }
+    // One sector in the first cluster that the top has, one in the first that it has not.
+    let mut expect = words.to_vec();
+    let file = fx.top_file(state);
+    let mut has = Vec::new();
+    for slot in 0..fx.clusters {
+        let mut entry = [0; 4];
+        let at = ploop::format::ploop::Header::slot_offset(slot);
+        file.read_at(&mut entry, at).map_err(error("read the table"))?;
+        has.push(entry != [0; 4]);
+    }
+    for wanted in [true, false] {
+        let Some(cluster) = has.iter().position(|h| *h == wanted) else { continue };
+        let sector = cluster as u64 * CLUSTER_SECTORS + 17;
+        let bytes = payload(PROBE, sector..sector + 1);
+        disk.write(sector * SECTOR, &bytes).map_err(error("write"))?;
+        expect[sector as usize] = word(PROBE, sector);
+    }
+    disk.flush().map_err(error("flush"))?;
+    disk.close().map_err(error("close"))?;
+    drop(disk);
+    let scan = scan_image(fx.top_file(state).as_ref()).map_err(error("check after close"))?;
+    // A cluster that lost its entry in the crash lies between others until it is used again.
+    let was = hole_count(before);
+    let worse = scan.findings.iter().find(|f| f.kind != FindingKind::UnreferencedClusters);
+    if let Some(f) = worse {
+        return Err(format!("closed again it is not clean: {f:?}"));
+    }
+    if hole_count(&scan) > was {
+        return Err(format!("{} free clusters between others, {was} before", hole_count(&scan)));
+    }
+    let disk = fx.open(state, false).map_err(error("open again"))?;
+    match words_of(&disk)? == expect {
+        true => Ok(()),
+        false => Err("written, closed and opened again it reads other bytes".into()),
+    }
+}
+
+/// Clusters below the last one in use that no entry names.
+fn hole_count(scan: &ImageScan) -> usize {
+    (scan.used.end() - scan.used.count()) as usize
+}

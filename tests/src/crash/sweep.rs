@@ -1,0 +1,74 @@
+//! Every point of a run, every state of a point, until one is wrong.
+
+use std::fmt;
+
+use ploop::store::recording::{Budget, RecordingStore};
+
+use super::fixture::Fixture;
+use super::history::History;
+use super::judge::{Depth, judge};
+
+/// How thoroughly the states of a run are looked at.
+#[derive(Clone, Debug)]
+pub struct Sweep {
+    /// States per point.
+    pub budget: Budget,
+    /// Of how many states one is also worked with; the others are only read and checked.
+    pub work_every: u64,
+}
+
+/// What a sweep looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Points.
+    pub points: u64,
+    /// Points of which every subset of units was tried.
+    pub exhaustive: u64,
+    /// States.
+    pub states: u64,
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} states at {} points", self.states, self.points)?;
+        write!(f, ", {} of them exhaustively", self.exhaustive)
+    }
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Tally) {
+        self.points += other.points;
+        self.exhaustive += other.exhaustive;
+        self.states += other.states;
+    }
+}
+
+impl Sweep {
+    /// Judges every state of a run. An error is the first violation, with all that is needed to
+    /// repeat it.
+    pub fn check(
+        &self,
+        fx: &Fixture,
+        store: &RecordingStore,
+        history: &History,
+    ) -> Result<Tally, String> {
+        let mut tally = Tally::default();
+        for point in history.points() {
+            let view = history.view(point);
+            let states = store.states_at(point, &self.budget);
+            tally.points += 1;
+            tally.exhaustive += u64::from(states.units() <= self.budget.exhaustive_units);
+            for state in states {
+                tally.states += 1;
+                let work = tally.states.is_multiple_of(self.work_every);
+                let depth = if work { Depth::Work } else { Depth::Look };
+                judge(fx, &view, &state.build(), depth).map_err(|why| {
+                    let history = history.lines().join("\n  ");
+                    let log = store.log().join("\n  ");
+                    format!("{why}\non {}: {state}\n  {history}\nlog:\n  {log}", fx.name)
+                })?;
+            }
+        }
+        Ok(tally)
+    }
+}

@@ -1,0 +1,216 @@
+//! What is done to a disk: steps, written by hand or drawn from a seed, and who runs them.
+
+use std::sync::Arc;
+
+use ploop::Result;
+use ploop::device::{Device, ZeroMode};
+use ploop::disk::Disk;
+use ploop::store::Store;
+
+use super::fixture::{Fixture, words_of};
+use super::history::{Asked, History, payload};
+use super::{CLUSTER_SECTORS, Rng, SECTOR};
+
+/// One thing that is done. Places and lengths are sectors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A write: first sector, sectors.
+    Write(u64, u64),
+    /// A write that is durable when it is answered.
+    Fua(u64, u64),
+    /// Zeros; space may be given back.
+    Zero(u64, u64),
+    /// Zeros that keep their space.
+    ZeroKeep(u64, u64),
+    /// A discard.
+    Discard(u64, u64),
+    /// A flush.
+    Flush,
+    /// A clean close; the next step opens the disk again.
+    Close,
+    /// kill -9; the next process reads everything, and goes on.
+    Kill,
+}
+
+/// The places of a step that is seeded: mostly a few sectors, often at a cluster's border, now and
+/// then whole clusters.
+fn place(rng: &mut Rng, clusters: u64) -> (u64, u64) {
+    let sectors = clusters * CLUSTER_SECTORS;
+    let cluster = rng.below(clusters) * CLUSTER_SECTORS;
+    let (at, len) = match rng.below(8) {
+        0 => (cluster, CLUSTER_SECTORS),
+        1 => (cluster, 2 * CLUSTER_SECTORS),
+        2 => (cluster + CLUSTER_SECTORS - 1, 2),
+        3 => (cluster + rng.below(CLUSTER_SECTORS), rng.below(CLUSTER_SECTORS) + 1),
+        _ => (cluster + rng.below(CLUSTER_SECTORS), rng.below(4) + 1),
+    };
+    (at.min(sectors - 1), len.min(sectors - at.min(sectors - 1)))
+}
+
+/// `count` steps drawn from `seed`, for a disk of `clusters` clusters.
+pub fn seeded(seed: u64, count: usize, clusters: u64) -> Vec<Step> {
+    let mut rng = Rng(seed);
+    let step = |rng: &mut Rng| {
+        let (at, len) = place(rng, clusters);
+        match rng.below(20) {
+            0..=7 => Step::Write(at, len),
+            8 => Step::Fua(at, len),
+            9..=10 => Step::Zero(at, len),
+            11 => Step::ZeroKeep(at, len),
+            12..=13 => Step::Discard(at, len),
+            14..=17 => Step::Flush,
+            18 => Step::Close,
+            _ => Step::Kill,
+        }
+    };
+    (0..count).map(|_| step(&mut rng)).collect()
+}
+
+/// Short runs whose states can nearly all be tried. Each is a story; together they use every sync.
+pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
+    use Step::{Close, Discard, Flush, Fua, Kill, Write, Zero, ZeroKeep};
+    let c = CLUSTER_SECTORS;
+    vec![
+        ("write, close", vec![Write(4 * c + 1, 2), Close]),
+        ("write, flush, overwrite, flush", vec![
+            Write(4 * c + 1, 2),
+            Flush,
+            Write(4 * c + 1, 1),
+            Flush,
+        ]),
+        ("overwrite only, then close", vec![Write(c + 4, 2), Flush, Write(c + 5, 1), Close]),
+        ("two clusters at once, unflushed neighbour", vec![
+            Write(5 * c - 1, 2),
+            Flush,
+            Write(2 * c + 7, 1),
+            Write(5 * c - 1, 1),
+        ]),
+        ("fua, then a write that nobody flushed", vec![Fua(4 * c, 1), Write(2 * c + 60, 3)]),
+        ("new cluster of zeros over data", vec![Zero(0, c), Flush, Write(3, 2), Close]),
+        ("part of a cluster zeroed over data", vec![ZeroKeep(2 * c + 30, 2), Flush, Close]),
+        ("discard, then flush", vec![Write(4 * c, 4), Flush, Discard(4 * c, c), Flush, Close]),
+        ("killed with an overwrite in the cache", vec![
+            Write(4 * c, 1),
+            Flush,
+            Write(4 * c, 2),
+            Kill,
+            Flush,
+        ]),
+        ("killed before any entry was written", vec![Write(4 * c, 1), Kill, Write(2 * c, 1), Flush]),
+        ("closed, opened, written, closed", vec![
+            Write(4 * c, 1),
+            Close,
+            Write(4 * c + 1, 1),
+            Write(6 * c, 1),
+            Close,
+        ]),
+        ("opened and closed", vec![Close]),
+        ("killed, then only closed", vec![Write(4 * c, 1), Flush, Write(4 * c, 1), Kill, Close]),
+    ]
+}
+
+/// Runs steps on a disk and writes its history.
+#[derive(Debug)]
+pub struct Runner<'a> {
+    fixture: &'a Fixture,
+    store: Arc<dyn Store>,
+    history: &'a History,
+    disk: Option<Disk>,
+}
+
+impl<'a> Runner<'a> {
+    /// On the fixture's disk in `store`, which is where `history` puts its marks, or in front of it.
+    pub fn new(fixture: &'a Fixture, store: Arc<dyn Store>, history: &'a History) -> Runner<'a> {
+        Runner { fixture, store, history, disk: None }
+    }
+
+    /// The disk, opened when it is not.
+    pub fn disk(&mut self) -> Result<&Disk> {
+        let disk = match self.disk.take() {
+            Some(disk) => disk,
+            None => self.fixture.open_on(&self.store, true)?,
+        };
+        Ok(self.disk.insert(disk))
+    }
+
+    /// One step. An error is the disk's own.
+    pub fn step(&mut self, step: &Step) -> Result<()> {
+        let history = self.history;
+        let asked = |&(at, len): &(u64, u64)| at..at + len;
+        match step {
+            Step::Kill => return self.kill(),
+            Step::Close => return self.close(),
+            _ => {}
+        }
+        let disk = self.disk()?;
+        let (id, done) = match step {
+            Step::Write(at, len) | Step::Fua(at, len) => {
+                let fua = matches!(step, Step::Fua(..));
+                let id = history.begin(Asked::Write(asked(&(*at, *len))), fua);
+                let done = disk.write(at * SECTOR, &payload(id, *at..at + len));
+                (id, if fua { done.and_then(|()| disk.flush()) } else { done })
+            }
+            Step::Zero(at, len) | Step::ZeroKeep(at, len) => {
+                let keep_space = matches!(step, Step::ZeroKeep(..));
+                let id = history.begin(Asked::Zero(asked(&(*at, *len))), false);
+                let mode = ZeroMode { keep_space, only_if_fast: false };
+                (id, disk.zero(at * SECTOR..(at + len) * SECTOR, mode))
+            }
+            Step::Discard(at, len) => {
+                let before = words_of(disk);
+                let id = history.begin(Asked::Discard(asked(&(*at, *len))), false);
+                let done = disk.discard(at * SECTOR..(at + len) * SECTOR);
+                if let (Ok(before), Ok(after)) = (before, words_of(disk)) {
+                    let zeroed = (*at..at + len).filter(|&s| {
+                        let (was, is) = (before[s as usize], after[s as usize]);
+                        assert!(is == was || is == 0, "a discard wrote {is:#x} to sector {s}");
+                        is != was
+                    });
+                    history.saw_discard(id, zeroed.collect());
+                }
+                (id, done)
+            }
+            _ => {
+                let id = history.begin(Asked::Flush, false);
+                (id, disk.flush())
+            }
+        };
+        self.answer(id, done)
+    }
+
+    /// All of them. Panics when one fails.
+    pub fn run(&mut self, steps: &[Step]) {
+        for step in steps {
+            self.step(step).unwrap_or_else(|e| panic!("{step:?} on {}: {e}", self.fixture.name));
+        }
+    }
+
+    fn answer(&self, id: u64, done: Result<()>) -> Result<()> {
+        match &done {
+            Ok(()) => self.history.ok(id),
+            Err(_) => self.history.failed(id),
+        }
+        done
+    }
+
+    fn close(&mut self) -> Result<()> {
+        let disk = self.disk()?;
+        let words = words_of(disk).ok().map(Arc::new);
+        let id = self.history.begin(Asked::Close(words), false);
+        let done = self.disk()?.close();
+        self.disk = None;
+        self.answer(id, done)
+    }
+
+    /// Forgets the disk as kill -9 does; another process opens it and looks at everything.
+    fn kill(&mut self) -> Result<()> {
+        self.disk = None;
+        let disk = self.disk()?;
+        let words = words_of(disk).unwrap_or_else(|e| panic!("after kill -9: {e}"));
+        if let Err(e) = self.history.view(usize::MAX).check(&words) {
+            panic!("after kill -9 on {}: {e}", self.fixture.name);
+        }
+        let id = self.history.begin(Asked::Seen(Arc::new(words)), false);
+        self.answer(id, Ok(()))
+    }
+}
