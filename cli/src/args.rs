@@ -21,8 +21,11 @@ pub(crate) struct Cli {
     #[arg(long, global = true, env = "PLOOP_ROOT", default_value = snapshots::DEFAULT_ROOT)]
     pub root: PathBuf,
     /// Say more on standard error; twice: still more.
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// The same, before the command only: behind `init` it is OpenVZ's version of the format.
+    #[arg(short, action = clap::ArgAction::Count)]
+    pub v: u8,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -274,7 +277,12 @@ pub(crate) struct Init {
     #[arg(short = 'f', default_value = "expanded")]
     pub format: String,
     /// Version of the format: 1 or 2.
-    #[arg(short = 'v', default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=2))]
+    #[arg(
+        id = "format_version",
+        short = 'v',
+        default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(1..=2),
+    )]
     pub version: u32,
     /// Cluster size in sectors.
     #[arg(short = 'b', default_value_t = 2048)]
@@ -313,5 +321,24 @@ fn parse_sectors(text: &str) -> Result<u64, String> {
     match bytes % 512 {
         0 => Ok(bytes / 512),
         _ => Err(format!("{bytes} bytes is no whole number of sectors")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn no_two_arguments_of_a_command_clash() {
+        Cli::command().debug_assert();
+        // Clap checks a command's own arguments together with the global ones when it is used.
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            drop(Cli::try_parse_from(["ploop", name, "--help"]));
+            for inner in command.get_subcommands() {
+                drop(Cli::try_parse_from(["ploop", name, inner.get_name(), "--help"]));
+            }
+        }
     }
 }

@@ -12,9 +12,9 @@ use crate::args::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    output::log_to_stderr(cli.verbose);
+    output::log_to_stderr(cli.verbose.saturating_add(cli.v));
     match cmd::run(&cli) {
         Ok(code) => code,
-        Err(e) => output::report(&e, cli.command.wants_json()),
+        Err(e) => output::report(e, cli.command.wants_json()),
     }
 }

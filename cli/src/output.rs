@@ -24,10 +24,11 @@ pub(crate) fn log_to_stderr(verbose: u8) {
 }
 
 /// Prints an error on standard error (as JSON, too, for programs); the exit code is its kind's.
-pub(crate) fn report(e: &Error, as_json: bool) -> ExitCode {
-    if is_broken_pipe(e) {
+pub(crate) fn report(e: Error, as_json: bool) -> ExitCode {
+    if is_broken_pipe(&e) {
         return ExitCode::SUCCESS;
     }
+    let e = advised(e);
     if as_json {
         let v = json!({ "error": {
             "kind": e.kind().name(), "what": e.what(), "file": e.path(), "offset": e.offset(),
@@ -38,6 +39,18 @@ pub(crate) fn report(e: &Error, as_json: bool) -> ExitCode {
         drop(writeln!(io::stderr(), "ploop: {e}"));
     }
     ExitCode::from(e.kind().exit_code())
+}
+
+/// What to do about a refusal of the operating system's, where nothing better was said.
+fn advised(e: Error) -> Error {
+    if e.fix_text().is_some() || e.raw_os_error().is_none() {
+        return e;
+    }
+    match e.kind() {
+        Kind::Permission => e.fix("Run it as the user who may do that, or choose another place"),
+        Kind::NoSpace => e.fix("Make room there, and run it again"),
+        _ => e,
+    }
 }
 
 /// Whoever read our output has enough of it.

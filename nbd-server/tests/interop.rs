@@ -290,7 +290,8 @@ fn libnbd_without_structured_replies() {
          h.set_request_structured_replies(False)\n\
          h.connect_uri(sys.argv[1])\n\
          assert not h.get_structured_replies_negotiated()\n\
-         open(sys.argv[2], 'wb').write(bytes(h.pread(32 << 20, 0)) + bytes(h.pread(32 << 20, 32 << 20)))\n";
+         data = bytes(h.pread(32 << 20, 0)) + bytes(h.pread(32 << 20, 32 << 20))\n\
+         open(sys.argv[2], 'wb').write(data)\n";
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("out");
     tool(

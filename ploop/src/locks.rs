@@ -106,7 +106,8 @@ impl DiskLock {
                 .fix("Stop that process, or ask it"));
         }
         let lock = DiskLock { file, path };
-        lock.write_holder()?;
+        // Only a hint, and a full disk keeps nobody from the disk: it must still be removable.
+        drop(lock.write_holder());
         Ok(lock)
     }
 

@@ -10,7 +10,7 @@ use ploop::store::SECTOR;
 use uuid::Uuid;
 
 use crate::layer;
-use crate::store::{Root, write_new};
+use crate::store::Root;
 use crate::template::{self, TemplateDisk};
 use crate::{grow, name};
 
@@ -35,8 +35,9 @@ pub struct Created {
 
 /// Makes container `name` from template `template`. Durable on return.
 ///
-/// 1. references to the template's layers, durable;
-/// 2. in a work directory: the top image, the descriptor, durable;
+/// 1. references to the template's layers; in a work directory: the descriptor, the top image;
+/// 2. make them durable. Everything is written before the first sync, so that a journaling file
+///    system needs few commits for all of it;
 /// 3. COMMIT: the directory is renamed to `containers/NAME`, durable.
 ///
 /// Cut before 3: there is no container, and a reference or a work directory that is collected
@@ -103,13 +104,21 @@ fn build(root: &Root, disk: &TemplateDisk, size: u64, owner: Uuid, target: &Path
     for l in &disk.layers {
         layer::refer(root, l.id, owner)?;
     }
-    // 2.
     let work = root.work()?;
     let dir = work.path().join("disk");
     store.create_dir(&dir)?;
+    let xml = store.create(&dir.join(DESCRIPTOR), 0o600)?;
+    xml.write_at(&descriptor.to_xml(), 0)?;
+    // Its lock file is there from the start: serving and removing it take no room on a full host.
+    store.create_dir(&dir.join(".ploop"))?;
+    drop(store.create(&dir.join(".ploop/lock"), 0o600)?);
+    // 2.
     drop(create(store, &dir.join(&file), &header, 0o600)?);
-    write_new(store, &dir.join(DESCRIPTOR), &descriptor.to_xml())?;
+    xml.sync()?;
     store.sync_dir(&dir)?;
+    for l in &disk.layers {
+        layer::sync_references(root, l.id)?;
+    }
     // 3. COMMIT
     store.rename_new(&dir, target)?;
     store.sync_dir(&root.dir().join("containers"))

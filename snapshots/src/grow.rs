@@ -104,6 +104,7 @@ fn make(
     let id = new.seal(root, owner)?;
     for l in &disk.layers {
         layer::refer(root, l.id, id)?;
+        layer::sync_references(root, l.id)?;
     }
     Ok(Some(id))
 }

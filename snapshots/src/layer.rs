@@ -74,14 +74,18 @@ pub(crate) fn id_of(root: &Root, image: &Path) -> Result<Uuid> {
     })
 }
 
-/// Adds a reference and makes it durable; one that is there already is fine.
+/// Adds a reference; one that is there already is fine. Not durable before [`sync_references`].
 pub(crate) fn refer(root: &Root, layer: Uuid, owner: Uuid) -> Result<()> {
-    let refs = path(root, layer).join("refs");
-    match root.store().create(&refs.join(owner.to_string()), 0o600) {
-        Err(e) if e.kind() != Kind::Exists => return Err(e),
-        _ => {}
+    let file = path(root, layer).join("refs").join(owner.to_string());
+    match root.store().create(&file, 0o600) {
+        Err(e) if e.kind() != Kind::Exists => Err(e),
+        _ => Ok(()),
     }
-    root.store().sync_dir(&refs)
+}
+
+/// Makes the references to a layer durable.
+pub(crate) fn sync_references(root: &Root, layer: Uuid) -> Result<()> {
+    root.store().sync_dir(&path(root, layer).join("refs"))
 }
 
 /// Drops a reference; one that is not there is fine.

@@ -13,10 +13,11 @@ use crate::{layer, list, name, template};
 /// Removes a container and its data.
 ///
 /// 1. take its lock (`InUse` while it is served);
-/// 2. COMMIT: rename its directory into the work directory, durable;
+/// 2. COMMIT: rename its directory into `tmp`, durable;
 /// 3. remove its files, then its references, then layers that nobody refers to any more.
 ///
-/// Cut after 2: the container is gone; its files and references are collected later.
+/// Cut after 2: the container is gone; its files and references are collected later. None of it
+/// takes room: a full host is what removing is for.
 pub fn remove_container(root: &Root, name: &str) -> Result<()> {
     name::check(name)?;
     let dir = root.container(name);
@@ -50,11 +51,9 @@ pub fn remove_template(root: &Root, name: &str) -> Result<()> {
 fn remove_disk(root: &Root, dir: &std::path::Path, room: &str) -> Result<()> {
     let store = root.store();
     // 2. COMMIT
-    let work = root.work()?;
-    store.rename_new(dir, &work.path().join("disk"))?;
+    store.rename_new(dir, &root.dir().join("tmp").join(Uuid::new_v4().to_string()))?;
     store.sync_dir(&root.dir().join(room))?;
-    // 3. Dropping the work directory removes the files.
-    drop(work);
+    // 3. Nobody works in there, so the files are collected like those of interrupted work.
     collect(root)
 }
 

@@ -27,6 +27,9 @@ use uuid::Uuid;
 /// Where a store is when nothing else is said.
 pub const DEFAULT_ROOT: &str = "/var/lib/ploop";
 
+/// What to do when this is not the store that was meant.
+const CHOOSE: &str = "--root or PLOOP_ROOT chooses another store";
+
 const ROOMS: [&str; 4] = ["templates", "containers", "layers", "tmp"];
 
 /// An open store.
@@ -53,10 +56,14 @@ impl Root {
     /// The store at `dir` of any [`Store`]; `locks` only where files are the host's.
     pub fn on(opener: Opener, dir: &Path, create: bool, locks: bool) -> Result<Root> {
         let store = opener.store().clone();
-        let Ok(dir) = store.resolve(dir) else {
-            return Err(Error::new(Kind::NotFound, "there is no store here")
-                .on(dir)
-                .fix("`ploop template import` makes one; --root or PLOOP_ROOT chooses another"));
+        let dir = match store.resolve(dir) {
+            Ok(dir) => dir,
+            Err(e) if e.kind() == Kind::Permission => return Err(e.fix(CHOOSE)),
+            Err(_) => {
+                return Err(Error::new(Kind::NotFound, "there is no store here")
+                    .on(dir)
+                    .fix(format!("`ploop template import` makes one; {CHOOSE}")));
+            }
         };
         for room in ROOMS {
             let path = dir.join(room);
@@ -69,9 +76,9 @@ impl Root {
                 },
                 None => {
                     let what = format!("this is no store: it has no {room}/");
-                    return Err(Error::new(Kind::NotFound, what).on(dir).fix(
-                        "`ploop template import` makes one; --root or PLOOP_ROOT chooses another",
-                    ));
+                    return Err(Error::new(Kind::NotFound, what)
+                        .on(dir)
+                        .fix(format!("`ploop template import` makes one; {CHOOSE}")));
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 
-use ploop::device::{Device, Segment, SegmentPlace};
+use ploop::device::{Device, Extent};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -137,32 +137,33 @@ pub fn hex(hash: Sha256) -> String {
 }
 
 /// The corpus's digest for sparse reading: offset and bytes of every 4 KiB block that is not all
-/// zeros. Holes are not read.
+/// zeros. Holes, of the image or of its file, are not read.
 pub fn blocks_digest(device: &dyn Device) -> ploop::Result<String> {
-    const WINDOW: u64 = 64 << 20;
+    const WINDOW: u64 = 1 << 30;
     let mut hash = Sha256::new();
-    let mut segments: Vec<Segment> = Vec::new();
-    let mut at = 0;
+    let mut extents: Vec<Extent> = Vec::new();
     let mut block = [0u8; 4096];
-    // Next block not yet hashed: a block may span two segments.
-    let mut next = 0;
+    // `next`: the first block not yet hashed; a block may lie in two extents.
+    let (mut at, mut next) = (0, 0);
     while at < device.size() {
         let end = (at + WINDOW).min(device.size());
-        device.map(at..end, &mut segments)?;
-        for s in segments.iter().filter(|s| s.place != SegmentPlace::Hole) {
-            let mut b = next.max(s.offset / 4096 * 4096);
-            while b < s.offset + s.len {
-                let n = (device.size() - b).min(4096) as usize;
-                device.read(b, &mut block[..n])?;
-                if block[..n].iter().any(|&x| x != 0) {
-                    hash.update(b.to_le_bytes());
-                    hash.update(&block[..n]);
+        device.allocation(at..end, 1 << 16, &mut extents)?;
+        for e in &extents {
+            if !e.zero {
+                let mut b = next.max(at / 4096 * 4096);
+                while b < at + e.len {
+                    let n = (device.size() - b).min(4096) as usize;
+                    device.read(b, &mut block[..n])?;
+                    if block[..n].iter().any(|&x| x != 0) {
+                        hash.update(b.to_le_bytes());
+                        hash.update(&block[..n]);
+                    }
+                    b += 4096;
                 }
-                b += 4096;
+                next = b;
             }
-            next = b;
+            at += e.len;
         }
-        at = end;
     }
     Ok(hex(hash))
 }

@@ -2,6 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "in tests a panic with a line number is the report")]
 
+pub mod client;
 pub mod corpus;
 pub mod crash;
+pub mod fsx;
+pub mod minbase;
+pub mod mount;
+pub mod server;
+pub mod store;
 pub mod tools;
+pub mod treehash;

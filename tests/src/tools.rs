@@ -1,11 +1,16 @@
 //! Programs of the host that tests need. A missing one fails the test with the line that installs
 //! it.
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use serde_json::Value;
 
 /// Tool → Debian package.
 const PACKAGES: &[(&str, &str)] = &[
     ("debootstrap", "debootstrap"),
+    ("dumpe2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("fio", "fio"),
     ("mke2fs", "e2fsprogs"),
@@ -17,6 +22,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
+    ("setpriv", "util-linux"),
     ("sgdisk", "gdisk"),
 ];
 
@@ -44,4 +50,38 @@ pub fn run(command: &mut Command) -> Output {
         String::from_utf8_lossy(&out.stderr)
     );
     out
+}
+
+/// A command for the `ploop` of this checkout, in the profile that the running test was built in.
+/// Built at the first call of a process, so it is never older than the sources.
+pub fn ploop() -> Command {
+    let mut command = Command::new(ploop_path());
+    command.env("LC_ALL", "C").env_remove("PLOOP_ROOT").env_remove("RUST_LOG");
+    command
+}
+
+/// Where the `ploop` of [`ploop()`] is.
+pub fn ploop_path() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(build_ploop)
+}
+
+fn build_ploop() -> PathBuf {
+    // TARGET/PROFILE/deps/TEST-HASH
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    let profile_name = match profile.file_name().unwrap().to_str().unwrap() {
+        "debug" => "dev",
+        other => other,
+    };
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "-p", "ploop-cli", "--profile", profile_name]);
+    cargo.args(["--message-format", "json", "--target-dir"]).arg(profile.parent().unwrap());
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+    let out = run(&mut cargo).stdout;
+    let messages = out.split(|&b| b == b'\n').filter_map(|l| serde_json::from_slice(l).ok());
+    let path = messages
+        .filter(|m: &Value| m["target"]["name"] == "ploop")
+        .find_map(|m| Some(PathBuf::from(m["executable"].as_str()?)));
+    path.expect("cargo names the ploop executable")
 }

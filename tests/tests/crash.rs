@@ -35,7 +35,7 @@ fn every_state_of_every_story_is_right() {
     let mut all = Tally::default();
     for (version, overlay) in [(Version::V1, true), (Version::V2, false)] {
         for shape in Shape::ALL {
-            let fx = Fixture::new(version, shape, overlay, 8);
+            let fx = Fixture::new(version, shape, overlay, workload::STORY_CLUSTERS);
             for (name, steps) in workload::stories() {
                 let t = std::time::Instant::now();
                 let tally = sweep(&fx, &steps, &sweeper, name);

@@ -57,9 +57,17 @@ fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOpt
     match direct {
         Err(e) if e.kind() == Kind::NotFound && snapshots::name::check(name).is_ok() => {
             // No store at all is no better answer than the path's.
-            let Ok(store) = Root::open(root, false) else { return Err(e) };
+            let store = match Root::open(root, false) {
+                Err(closed) if closed.kind() == Kind::Permission => return Err(closed),
+                Err(_) => return Err(e),
+                Ok(store) => store,
+            };
             let dir = store.container(name);
-            if !dir.exists() {
+            let there = dir.try_exists();
+            if !there.map_err(|e| Error::io("look for a container", &dir, e))? {
+                if Path::new(text).exists() {
+                    return Err(e);
+                }
                 let what = "no such image, disk directory, descriptor or container";
                 return Err(Error::new(Kind::NotFound, what).on(text).fix(format!(
                     "`ploop list` shows the containers of {}",

@@ -19,6 +19,8 @@ pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
     match &s.source {
         None => {
             let root = Root::open(root, false)?;
+            // One that we may not read is refused before anybody connects.
+            snapshots::list::names(&root)?;
             run(Arc::new(StoreExports::new(root, s.read_only)), s)
         }
         Some(text) => {
@@ -43,19 +45,19 @@ fn close(disk: &Disk, served: Result<()>) -> Result<()> {
 
 fn run(exports: Arc<dyn Exports>, s: &args::Serve) -> Result<()> {
     let mut server = Server::new(exports, Config::default());
+    let mut places = Vec::new();
     if let Some(path) = &s.socket {
         server.listen_unix(path)?;
-        line(format!("listening on {}", path.display()))?;
+        places.push(path.display().to_string());
     }
     if let Some(address) = &s.listen {
-        for bound in server.listen_tcp(address, s.insecure_listen)? {
-            line(format!("listening on {bound}"))?;
-        }
+        let bound = server.listen_tcp(address, s.insecure_listen)?;
+        places.extend(bound.iter().map(ToString::to_string));
     }
     if s.activation && server.listen_activated(s.insecure_listen)? == 0 {
         return Err(Error::invalid("--activation: systemd passed no sockets (LISTEN_FDS)"));
     }
-    server.run()
+    server.run_ready(|| places.iter().try_for_each(|p| line(format!("listening on {p}"))))
 }
 
 /// A container's name, or the file's: `…/NAME/DiskDescriptor.xml`, `…/NAME.hds`.

@@ -85,7 +85,8 @@ fn import(root: &Path, i: &args::Import) -> Result<()> {
 
 /// A cluster size from bytes, as the format wants it.
 pub(super) fn cluster_sectors(bytes: u64) -> Result<u32> {
-    let sectors = u32::try_from(bytes / 512).ok().filter(|_| bytes.is_multiple_of(512));
+    let fits = bytes.is_power_of_two() && (32 << 10..=64 << 20).contains(&bytes);
+    let sectors = u32::try_from(bytes / 512).ok().filter(|_| fits);
     sectors.ok_or_else(|| {
         Error::invalid(format!("cluster size of {bytes} bytes: a power of two from 32K to 64M"))
     })

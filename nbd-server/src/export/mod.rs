@@ -1,8 +1,8 @@
 //! Names to devices.
 //!
-//! [`Exports`] is asked by the handshake; what it opens is a [`Device`], and whatever stands in front
-//! of a device is a device again: limits, trackers and [`counters`] stack without knowing each
-//! other.
+//! [`Exports`] is asked by the handshake; what it opens is a [`Device`], and whatever stands in
+//! front of a device is a device again: limits, trackers and [`counters`] stack without knowing
+//! each other.
 
 pub mod counters;
 pub mod single;

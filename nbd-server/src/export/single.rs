@@ -25,7 +25,7 @@ impl Single {
         for (what, text) in [("name", &name), ("description", &description)] {
             if wire::string(text.as_bytes()).is_err() {
                 return Err(Error::invalid(format!(
-                    "the {what} of an export has {} bytes or a NUL; at most {} and none are allowed",
+                    "the {what} of an export has {} bytes, or a NUL; {} bytes and no NUL are allowed",
                     text.len(),
                     wire::MAX_STRING
                 )));

@@ -27,7 +27,7 @@ pub(super) struct Greeted {
 /// How a handshake ended.
 pub(super) enum Outcome {
     /// Transmission begins.
-    Negotiated(Box<Negotiated>, Greeted),
+    Negotiated(Box<Negotiated>, Box<Greeted>),
     /// The session is over; says why.
     Closed(String),
 }
@@ -95,7 +95,7 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
             Step::Again => {}
             Step::Negotiated(negotiated) => {
                 stream.write_all(&state.out).await?;
-                return Ok(Outcome::Negotiated(negotiated, state));
+                return Ok(Outcome::Negotiated(negotiated, Box::new(state)));
             }
             Step::Closed(why) => {
                 stream.write_all(&state.out).await?;

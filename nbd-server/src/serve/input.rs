@@ -1,8 +1,8 @@
 //! What a connection has received and not yet executed.
 //!
-//! The buffer grows by what the client really sent, not by what it claims: it doubles when a receive
-//! fills it, up to [`BATCH`], and past that only for one request that needs it, to at most twice
-//! what has come of it. It is kept at its initialised length, so a receive costs no memset.
+//! The buffer grows by what the client really sent, not by what it claims: it doubles when a
+//! receive fills it, up to [`BATCH`], and past that only for one request that needs it, to at most
+//! twice what has come of it. It is kept at its initialised length, so a receive costs no memset.
 
 /// Most bytes of requests that are taken at once; with the smallest requests (28 bytes) this is
 /// also the bound on requests in flight on one connection.
@@ -46,8 +46,8 @@ impl Input {
     }
 
     /// Room to receive into, when the request at the start has at least `need` bytes; never empty.
-    /// For a large request it ends where the request ends, so that nothing of the next one has to be
-    /// moved afterwards.
+    /// For a large request it ends where the request ends, so that nothing of the next one has to
+    /// be moved afterwards.
     pub(super) fn room(&mut self, need: usize) -> &mut [u8] {
         let have = self.end - self.start;
         let need = need.max(have + 1);

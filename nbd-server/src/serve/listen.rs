@@ -1,10 +1,10 @@
 //! Where clients connect: unix sockets and TCP addresses.
 //!
-//! A unix socket is never, not even for an instant, open to anyone but its owner: its mode is set on
-//! the unbound socket, and Linux gives the file that mode when it is bound. A socket file that nobody
-//! listens on is replaced; one with a live server is left alone. Both are decided under a lock on
-//! the directory, held until this server listens, so that of two servers started at once one wins
-//! and the other is told so.
+//! A unix socket is never, not even for an instant, open to anyone but its owner: its mode is set
+//! on the unbound socket, and Linux gives the file that mode when it is bound. A socket file that
+//! nobody listens on is replaced; one with a live server is left alone. Both are decided under a
+//! lock on the directory, held until this server listens, so that of two servers started at once
+//! one wins and the other is told so.
 
 use std::fs::{self, File};
 use std::io;
@@ -188,8 +188,8 @@ pub(super) fn check_exposure(address: SocketAddr, insecure: bool) -> Result<()> 
         return Ok(());
     }
     let text = format!(
-        "other machines could connect to {address}, and this service has no encryption and asks for \
-         no password"
+        "other machines could connect to {address}, and this service has no encryption and asks \
+         for no password"
     );
     Err(Error::new(Kind::Permission, text).fix(
         "Listen on a unix socket or on a loopback address (127.0.0.1, [::1]), or add \

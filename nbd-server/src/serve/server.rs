@@ -81,7 +81,7 @@ impl Server {
         Ok(())
     }
 
-    /// Listens on TCP at "HOST:PORT" (IPv6 in brackets, port 0 for any); returns the addresses bound.
+    /// Listens on TCP at "HOST:PORT" (IPv6 in brackets, port 0 for any); returns what was bound.
     /// May block while a name is looked up. Error: `Permission` for an address beyond loopback
     /// without `insecure`.
     pub fn listen_tcp(&mut self, address: &str, insecure: bool) -> Result<Vec<SocketAddr>> {
@@ -103,6 +103,12 @@ impl Server {
 
     /// Serves until SIGINT or SIGTERM, on a runtime of its own. Blocks.
     pub fn run(self) -> Result<()> {
+        self.run_ready(|| Ok(()))
+    }
+
+    /// The same; calls `ready` as soon as a signal ends it in order and not before, so that who is
+    /// told then may send one. Its error ends the server.
+    pub fn run_ready(self, ready: impl FnOnce() -> Result<()>) -> Result<()> {
         use tokio::signal::unix::{SignalKind, signal};
         let failed = |e| Error::new(Kind::Io, "start the runtime").caused_by(e);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -111,6 +117,7 @@ impl Server {
         runtime.map_err(failed)?.block_on(async {
             let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
             let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+            ready()?;
             self.run_until(async move {
                 tokio::select! {
                     _ = interrupt.recv() => tracing::info!("stopping on SIGINT"),
@@ -369,7 +376,7 @@ async fn welcome(
         Stream::Tcp(s) => greet(s, slot, exports, deadline, stop).await,
     };
     let (negotiated, greeted) = match outcome {
-        Outcome::Negotiated(negotiated, greeted) => (*negotiated, greeted),
+        Outcome::Negotiated(negotiated, greeted) => (*negotiated, *greeted),
         Outcome::Closed(why) => {
             return tracing::info!(peer, why, "handshake ended without an export");
         }

@@ -3,7 +3,7 @@
 //! | file | in | out |
 //! |---|---|---|
 //! | [`handshake`] | the client's bytes, [`crate::Exports`] | answers, then [`Negotiated`] |
-//! | [`transmission`] | the client's bytes | one [`transmission::Command`] at a time, or a refusal |
+//! | [`transmission`] | the client's bytes | one [`transmission::Command`], or a refusal |
 //! | [`replies`] | what became of a command | bytes in an [`Output`] |
 //!
 //! Nothing here waits, locks or knows a clock. Whatever the bytes: no panic, and no memory in

@@ -77,7 +77,7 @@ impl Handshake {
             .as_ref()
             .is_none_or(|(opened, _)| opened != name)
         {
-            // The one before is closed first: a client holds one export open, not all it asks about.
+            // The one before goes first: a client holds one export open, not all it asks about.
             self.opened = None;
             self.opened = Some((name.into(), exports.open(name)?));
         }

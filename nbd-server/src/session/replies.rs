@@ -132,8 +132,8 @@ impl Replies {
         }
     }
 
-    /// Writes the header for the first `len` bytes of `data` (never 0 in a chunk) and takes the rest
-    /// away.
+    /// Writes the header for the first `len` bytes of `data` (never 0 in a chunk) and takes the
+    /// rest away.
     pub fn end_data(&self, tag: Tag, data: &Data, len: usize, done: bool, out: &mut Output) {
         out.cut(data.body + len);
         let head = out.tail(data.start);

@@ -309,7 +309,11 @@ fn a_wrong_magic_number_ends_the_session() {
 proptest! {
     /// Whatever the bytes: no panic, what is used up is there, what is needed is bounded.
     #[test]
-    fn any_bytes(style in 0..3usize, magic: bool, mut bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn any_bytes(
+        style in 0..3usize,
+        magic: bool,
+        mut bytes in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
         let rules = rules(STYLES[style], false);
         if magic {
             let number = if style == 2 { EXTENDED_MAGIC } else { crate::wire::request::MAGIC };

@@ -2,7 +2,7 @@
 //!
 //! Every message can be parsed and emitted, whichever side sends it: the server needs one half, and
 //! whoever drives it without a socket (crash tests, fuzzers) needs the other. All numbers are
-//! big-endian. Parsing borrows from its input, never allocates, and never panics, whatever the bytes.
+//! big-endian. Parsing borrows from its input, and never panics, whatever the bytes.
 //!
 //! | file | message |
 //! |---|---|

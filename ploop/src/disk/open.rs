@@ -79,7 +79,11 @@ impl Source {
     }
 
     fn at(store: &dyn Store, path: &Path, snapshot: Option<String>) -> Result<Option<Source>> {
-        let Ok(real) = store.resolve(path) else { return Ok(None) };
+        let real = match store.resolve(path) {
+            Err(e) if e.kind() == Kind::Permission => return Err(e),
+            Err(_) => return Ok(None),
+            Ok(real) => real,
+        };
         let is_xml = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("xml"));
         match store.kind(&real)? {
             Some(EntryKind::Dir) => {

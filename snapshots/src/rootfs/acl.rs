@@ -8,7 +8,7 @@
 
 use ploop::error::{Error, Result};
 
-use super::tree::show;
+use super::rules::show;
 
 const VERSION: u32 = 2;
 const NO_ID: u32 = u32::MAX;

@@ -15,8 +15,9 @@ use ploop::error::{Error, Result};
 use rustix::fs::{Dir, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
+use super::rules::{refused, show};
 use super::stage::Stage;
-use super::tree::{Content, Device, InodeId, Kind, Meta, ROOT, Time, Tree, refused, show};
+use super::tree::{Content, Device, InodeId, Kind, Meta, ROOT, Time, Tree};
 use super::{Progress, Step};
 
 const CHUNK: usize = 256 << 10;
@@ -194,7 +195,7 @@ impl Walk<'_> {
         let file = File::from(fd);
         let len = before.st_size.cast_unsigned();
         let mut writer = stage.begin(path, len)?;
-        let mut buf = vec![0; CHUNK];
+        let mut buf = vec![0; len.clamp(1, CHUNK as u64) as usize];
         let mut at = 0;
         while let Some((start, end)) = self.next_data(&file, path, at, len)? {
             at = start;

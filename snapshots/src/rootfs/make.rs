@@ -24,11 +24,12 @@ use std::path::{Path, PathBuf};
 use ploop::error::{Error, Kind, Result};
 
 use super::ext4::{self, Raw};
+use super::rules::{refused, show};
 use super::script::Script;
 use super::size::{self, Needs};
 use super::stage::{BLOCK, Stage};
 use super::tool;
-use super::tree::{Content, Entry, Inode, InodeId, Kind as Node, ROOT, Tree, refused, show};
+use super::tree::{Content, Entry, Inode, InodeId, Kind as Node, ROOT, Tree};
 use super::{Progress, Step};
 
 /// mke2fs's own configuration, in the work directory: the host's has no say in what is made.

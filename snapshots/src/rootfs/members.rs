@@ -16,13 +16,12 @@ use tar::Header;
 
 use super::acl;
 use super::pax::{self, Records};
+use super::rules::{refused, show};
 use super::sparse;
-use super::tree::{Device, Meta, Time, refused, show};
+use super::tree::{Device, Meta, Time};
 
 /// Bytes of a tar block.
 pub(super) const BLOCK: usize = 512;
-/// Most bytes of PAX records before one member: 64 KiB for each of many attributes.
-const PAX_MAX: u64 = 4 << 20;
 /// Most bytes of a GNU long name.
 const NAME_MAX: u64 = 64 << 10;
 
@@ -76,9 +75,9 @@ impl<R: Read> Members<R> {
             };
             let size = || field(header.entry_size(), "size", at);
             match header.entry_type().as_byte() {
-                b'x' => own.extend(&self.record_block(size()?, PAX_MAX, at)?, at)?,
+                b'x' => own.extend(&self.record_block(size()?, pax::PAX_MAX as u64, at)?, at)?,
                 b'g' => {
-                    let block = self.record_block(size()?, PAX_MAX, at)?;
+                    let block = self.record_block(size()?, pax::PAX_MAX as u64, at)?;
                     self.global.extend(&block, at)?;
                 }
                 b'X' => {

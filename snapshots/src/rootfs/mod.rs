@@ -30,6 +30,7 @@ mod grow;
 mod make;
 mod members;
 mod pax;
+mod rules;
 mod script;
 mod size;
 mod sparse;

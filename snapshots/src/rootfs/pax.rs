@@ -3,13 +3,18 @@
 
 use ploop::error::{Error, Result};
 
-use super::tree::{Time, show};
+use super::rules::show;
+use super::tree::Time;
 
 /// The records in force for a member; a later one of the same key wins, an empty value unsets.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Records {
     list: Vec<(Vec<u8>, Vec<u8>)>,
+    bytes: usize,
 }
+
+/// Most bytes of records in force: 64 KiB for each of many attributes.
+pub(super) const PAX_MAX: usize = 4 << 20;
 
 impl Records {
     /// Adds the records of one extended header, which stands at `at` in the stream.
@@ -28,6 +33,11 @@ impl Records {
             let (record, rest) = block.split_at(len);
             let text = record[space + 1..].strip_suffix(b"\n").ok_or_else(bad)?;
             let equal = text.iter().position(|&b| b == b'=').ok_or_else(bad)?;
+            self.bytes += len;
+            if self.bytes > PAX_MAX {
+                let what = format!("more than {PAX_MAX} bytes of extended headers for a member");
+                return Err(Error::unsupported(what).at(at));
+            }
             self.list
                 .push((text[..equal].to_vec(), text[equal + 1..].to_vec()));
             block = rest;
@@ -153,6 +163,10 @@ mod tests {
             let e = Records::default().extend(bad.as_bytes(), 512);
             assert!(e.is_err(), "{bad}");
         }
+        let mut endless = Records::default();
+        let record = format!("100007 a={}\n", "b".repeat(99_997));
+        let ends = (0..1000).find(|_| endless.extend(record.as_bytes(), 0).is_err());
+        assert_eq!(ends, Some(41), "records without end");
         assert!(
             Records::default()
                 .extend(b"99999999999999999999 a=b\n", 0)

@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 use ploop::error::{Error, Kind, Result};
 use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps};
 
-use super::tree::{Content, Entry, InodeId, Kind as Node, Tree, show};
+use super::rules::show;
+use super::tree::{Content, Entry, InodeId, Kind as Node, Tree};
 
 /// The unit of everything here: a file system block.
 pub(super) const BLOCK: u64 = 4096;

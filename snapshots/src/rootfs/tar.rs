@@ -18,8 +18,9 @@ use std::rc::Rc;
 use ploop::error::{Error, Result};
 
 use super::members::{Member, Members};
+use super::rules::refused;
 use super::stage::Stage;
-use super::tree::{Kind, Meta, Tree, refused};
+use super::tree::{Kind, Meta, Tree};
 use super::{Progress, Step};
 
 const CHUNK: usize = 256 << 10;
@@ -93,7 +94,7 @@ fn take(
         b'1' => tree.link(&path, &member.link)?,
         b'0' | b'7' | b'S' => {
             // The name is judged before a byte is staged.
-            super::tree::components(&path)?;
+            super::rules::components(&path)?;
             let content = content(members, &path, member.len, &member.map, stage)?;
             tree.insert(&path, Kind::File(content), member.meta)?.1
         }
@@ -124,7 +125,7 @@ fn node(
         b'6' => Ok(Kind::Fifo),
         other => Err(Error::unsupported(format!(
             "member {} has type {:?}, which this program does not know",
-            super::tree::show(path),
+            super::rules::show(path),
             char::from(other)
         ))),
     }
@@ -140,7 +141,7 @@ fn content(
     stage: &mut Stage,
 ) -> Result<super::tree::Content> {
     let mut writer = stage.begin(path, len)?;
-    let mut buf = vec![0; CHUNK];
+    let mut buf = vec![0; len.min(CHUNK as u64) as usize];
     for &(start, bytes) in map {
         let end = start + bytes;
         let mut at = start;

@@ -244,8 +244,9 @@ fn numbers_that_lie_cost_neither_memory_nor_disk() {
     }
     let sparse = archive(
         dir.path(),
-        "add('s', data=b'1\\n0\\n1\\n'.ljust(512, b'\\0') + b'x', pax_headers={'GNU.sparse.major': '1',\n\
-         \x20   'GNU.sparse.minor': '0', 'GNU.sparse.name': 's', 'GNU.sparse.realsize': str(2**63)})",
+        "add('s', data=b'1\\n0\\n1\\n'.ljust(512, b'\\0') + b'x', pax_headers={\n\
+         \x20   'GNU.sparse.major': '1', 'GNU.sparse.minor': '0', 'GNU.sparse.name': 's',\n\
+         \x20   'GNU.sparse.realsize': str(2**63)})",
     );
     assert!(
         refused(&sparse)

@@ -168,6 +168,11 @@ fn build_as_somebody_else() {
     let path = |name| std::path::PathBuf::from(std::env::var_os(name).unwrap());
     let source = RootSource::Tar(path("ARCHIVE"));
     fsck(&build(&source, &BuildOptions::default(), &path("WORK"), &|_| {}).unwrap());
+    let second = path("WORK").join("second");
+    fs::create_dir(&second).unwrap();
+    let closed = RootSource::Dir("/root".into());
+    let e = build(&closed, &BuildOptions::default(), &second, &|_| {}).unwrap_err();
+    assert_eq!(e.kind(), ploop::error::Kind::Permission, "{e}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! The history puts marks into the recording store's log: an operation was begun, answered, failed.
 //! A *durable* operation is one that was answered before a flush was begun that was answered too
-//! (or, with FUA, was answered itself). A sector may hold
+//! (or, with FUA, was answered itself), by the same process. A sector may hold
 //!
 //! * the value of any operation on it that was begun, answered or not, and the initial one;
 //! * but none that ended before a durable operation on that sector was begun.
@@ -63,6 +63,8 @@ pub enum Asked {
     Flush,
     /// The same; then the image is closed with this content, where it is known.
     Close(Option<Words>),
+    /// The process ended without closing: its later flushes never come.
+    Death,
     /// A new process read all of the disk: what it saw is as good as written.
     Seen(Words),
 }
@@ -157,6 +159,12 @@ impl History {
         (0..=marks.len()).filter(strict).collect()
     }
 
+    /// The process ends without closing.
+    pub fn death(&self) {
+        let id = self.begin(Asked::Death, false);
+        self.ok(id);
+    }
+
     /// What was asked, a line each, for the report of a violation.
     pub fn lines(&self) -> Vec<String> {
         let ops = self.ops.lock().unwrap();
@@ -164,6 +172,7 @@ impl History {
             let fua = if op.fua { " FUA" } else { "" };
             match &op.asked {
                 Asked::Close(_) => format!("operation {id}: close"),
+                Asked::Death => format!("operation {id}: the process ends"),
                 Asked::Seen(_) => format!("operation {id}: read by a new process"),
                 asked => format!("operation {id}: {asked:?}{fua}"),
             }
@@ -189,13 +198,17 @@ impl History {
         let ops = self.ops.lock().unwrap();
         let spans = self.spans(point, ops.len());
         let begun = || ops.iter().enumerate().filter_map(|(id, op)| Some((id, op, spans[id]?)));
-        let flushes = begun().filter(|(_, op, s)| {
-            s.ok && matches!(op.asked, Asked::Flush | Asked::Close(_))
-        });
-        let last_flush = flushes.map(|(_, _, s)| s.begin).max();
+        let flush = |op: &Op, s: &Span| s.ok && matches!(op.asked, Asked::Flush | Asked::Close(_));
+        let flushes: Vec<usize> =
+            begun().filter(|(_, op, s)| flush(op, s)).map(|(_, _, s)| s.begin).collect();
+        let deaths: Vec<usize> =
+            begun().filter(|(_, op, _)| matches!(op.asked, Asked::Death)).map(|(.., s)| s.begin).collect();
+        let flushed = |s: &Span| {
+            let death = deaths.iter().find(|&&d| d > s.end).copied().unwrap_or(usize::MAX);
+            flushes.iter().any(|&f| s.end < f && f < death)
+        };
         let durable = |op: &Op, s: &Span| {
-            s.ok && (op.fua && !matches!(op.asked, Asked::Discard(_))
-                || last_flush.is_some_and(|flush| s.end < flush))
+            s.ok && (op.fua && !matches!(op.asked, Asked::Discard(_)) || flushed(s))
         };
 
         // Per sector: the begin of the last durable operation, then what did not end before it.
@@ -235,18 +248,21 @@ impl History {
                 _ => sectors.clone().map(|s| (s, 0)).collect(),
             },
             Asked::Seen(words) => (0..).zip(words.iter().copied()).collect(),
-            Asked::Flush | Asked::Close(_) => Vec::new(),
+            Asked::Flush | Asked::Close(_) | Asked::Death => Vec::new(),
         }
     }
 
     fn closes(&self, ops: &[Op], spans: &[Option<Span>]) -> (Option<Vec<Words>>, bool) {
         let mut contents = Some(vec![self.initial.clone()]);
-        let mut closed = self.closed_at_start;
+        // A close that failed may have closed all the same, as far as the next process can see; that
+        // one then has nothing to do, and after a crash the mark may be back: nothing is wrong.
+        let (mut closed, mut changed) = (self.closed_at_start, !self.closed_at_start);
         for (op, span) in ops.iter().zip(spans) {
             let Some(span) = span else { continue };
             match &op.asked {
                 Asked::Close(words) => {
-                    closed |= span.ok;
+                    closed = span.ok && (closed || changed);
+                    changed = false;
                     if span.ok {
                         contents = Some(Vec::new());
                     }
@@ -255,8 +271,10 @@ impl History {
                         contents
                     });
                 }
-                Asked::Write(_) | Asked::Zero(_) | Asked::Discard(_) => closed = false,
-                Asked::Flush | Asked::Seen(_) => {}
+                Asked::Write(_) | Asked::Zero(_) | Asked::Discard(_) => {
+                    (closed, changed) = (false, true);
+                }
+                Asked::Flush | Asked::Seen(_) | Asked::Death => {}
             }
         }
         (contents, closed)
@@ -304,6 +322,18 @@ mod tests {
         h.ok(late);
         assert_eq!(h.view(usize::MAX).allowed[1], [word(a, 1)]);
         assert_eq!(h.view(usize::MAX).allowed[2], [0]);
+    }
+
+    #[test]
+    fn the_flush_of_another_process_covers_only_what_that_one_saw() {
+        let (_, h) = history();
+        h.ok(h.begin(Asked::Write(0..1), false));
+        h.death();
+        h.ok(h.begin(Asked::Flush, false));
+        assert_eq!(h.view(usize::MAX).allowed[0].len(), 2);
+        h.ok(h.begin(Asked::Seen(Arc::new(vec![0; 4])), false));
+        h.ok(h.begin(Asked::Flush, false));
+        assert_eq!(h.view(usize::MAX).allowed[0], [0]);
     }
 
     #[test]

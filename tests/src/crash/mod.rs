@@ -15,6 +15,7 @@
 //! * [`judge`]: one state against one view.
 //! * [`sweep`]: every point of a run, every state of a point.
 //! * [`reorder`]: a store that performs one sync too early or too late.
+//! * [`proof`]: whoever leaves out or moves a sync must be noticed.
 //! * [`nbd`]: the serving engine as a client sees it, without a socket.
 //! * [`qemu`]: the second opinion.
 //!
@@ -25,6 +26,7 @@ pub mod fixture;
 pub mod history;
 pub mod judge;
 pub mod nbd;
+pub mod proof;
 pub mod qemu;
 pub mod reorder;
 pub mod sweep;

@@ -81,6 +81,17 @@ impl Alloc {
         self.offset(end)
     }
 
+    /// The file was cut at [`Alloc::used_len`].
+    pub fn cut(&mut self) {
+        if let Some((&start, &end)) = self.free.last_key_value()
+            && end == self.next
+        {
+            self.free.remove(&start);
+            self.next = start;
+        }
+        self.grown = self.next;
+    }
+
     /// Hands out up to `want` contiguous clusters, one at least: free ones first, then new ones at
     /// the end, growing the file in steps. Error: `NoSpace` when the file cannot grow or no entry
     /// could name the cluster.
@@ -153,6 +164,19 @@ mod tests {
         assert_eq!(a.used_len(), a.offset(7));
         assert_eq!(a.take(9, &*file).unwrap(), Taken { clusters: 7..10, stale: true });
         assert_eq!(a.used_len(), a.offset(10));
+    }
+
+    #[test]
+    fn after_a_cut_nothing_behind_the_end_is_handed_out_without_growing() {
+        let store = MemoryStore::new();
+        let file = store.create(Path::new("/i"), 0o600).unwrap();
+        let mut a = Alloc::new(&header(), &Used::from_iter([0]));
+        a.take(4, &*file).unwrap();
+        a.give_back(3..5);
+        file.set_len(a.used_len()).unwrap();
+        a.cut();
+        assert_eq!(a.take(2, &*file).unwrap(), Taken { clusters: 3..5, stale: false });
+        assert!(file.len().unwrap() >= a.offset(5));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! | step | what | durable before the next step |
 //! |---|---|---|
+//! | open, found marked | what was read | yes |
+//! | first change, found marked | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | | cut the file behind the last cluster in use | no |
 //! | write, new cluster | grow the file, complete the cluster, write the data | no |
@@ -52,6 +54,8 @@ pub struct Top {
     /// Data was written, or a length changed, since the last flush began.
     unsynced: AtomicBool,
     marked: AtomicBool,
+    /// The header may say in use: found so at open, or we began to mark it. Closing clears it.
+    unclean: AtomicBool,
     mark: Mutex<()>,
 }
 
@@ -85,6 +89,7 @@ impl Top {
             gate: FlushGate::default(),
             unsynced: AtomicBool::new(false),
             marked: AtomicBool::new(false),
+            unclean: AtomicBool::new(scan.header.dirty()),
             mark: Mutex::new(()),
             header: scan.header,
             file,
@@ -160,14 +165,11 @@ impl Top {
         if self.marked.load(Ordering::Acquire) {
             return Ok(());
         }
-        let marked = self.mark_in_use();
-        match &marked {
-            Ok(()) => self.marked.store(true, Ordering::Release),
-            Err(e) => self.gate.latch(e),
-        }
-        marked
+        self.mark_in_use()
     }
 
+    /// The caller holds `mark`. After an error the next change tries again, all from the start, but
+    /// not after a failed sync: that one latches.
     fn mark_in_use(&self) -> Result<()> {
         if extension::in_force(&self.header) {
             tracing::warn!(
@@ -175,12 +177,36 @@ impl Top {
                 "the image's change-tracking bitmap ends here: it is dropped by the first write"
             );
         }
+        if self.header.dirty() {
+            self.write_again()?;
+        }
+        self.unclean.store(true, Ordering::Release);
         self.file.write_at(self.header.marked(IN_USE_DIRTY).bytes(), 0)?;
-        self.file.sync()?;
+        self.file.sync().inspect_err(|e| self.gate.latch(e))?;
         let used_len = lock(&self.alloc).used_len();
-        if self.file.len()? != used_len {
+        // Of a marked image even the length may be one that a failed sync left in the cache only.
+        if self.header.dirty() || self.file.len()? != used_len {
             self.file.set_len(used_len)?;
             self.unsynced.store(true, Ordering::Release);
+        }
+        self.marked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes the entries of an image that was not closed where they are.
+    ///
+    /// A sync that failed in another process leaves pages that the kernel takes for clean though the
+    /// disk never got them. Written again, they are dirty again. Every entry that can be read was
+    /// written after its cluster's data was on disk, so they may become durable in any order.
+    fn write_again(&self) -> Result<()> {
+        let mut bytes = vec![0; PAGE as usize * 4];
+        let pages = u64::from(self.header.entries).div_ceil(PAGE);
+        for page in (0..pages).filter(|&page| self.is_stored(page)) {
+            let first = page * PAGE;
+            let count = PAGE.min(u64::from(self.header.entries) - first);
+            let entries = &mut bytes[..count as usize * 4];
+            read_exact(self.file.as_ref(), entries, Header::slot_offset(first))?;
+            self.file.write_at(entries, Header::slot_offset(first))?;
         }
         Ok(())
     }
@@ -214,9 +240,13 @@ impl Top {
             Error::new(Kind::NoSpace, format!("file offset {offset} fits no BAT entry"))
         })?;
         let page = self.load(cluster / PAGE)?;
+        // Visible and pending in one step: who sees the entry may write in place and flush, and that
+        // flush must take the slot along.
+        let mut pending = lock(&self.pending);
         page[(cluster % PAGE) as usize].store(entry, Ordering::Release);
         // `entries` is 32 bits, and every cluster of the disk is below it.
-        lock(&self.pending).push(cluster as u32);
+        pending.push(cluster as u32);
+        drop(pending);
         self.wrote();
         Ok(())
     }
@@ -279,27 +309,28 @@ impl Top {
     /// sync. An image that was never changed is not touched, and one that latched stays marked.
     pub fn close(&self) -> Result<()> {
         let _one = lock(&self.mark);
+        self.gate.check()?;
         if !self.marked.load(Ordering::Acquire) {
-            // A mark found at open and proven harmless is ours to clear.
-            if !self.header.dirty() {
+            // A mark found at open and proven harmless is ours to clear, and so is half a mark.
+            if !self.unclean.load(Ordering::Acquire) {
                 return Ok(());
             }
             self.mark_in_use()?;
-            self.marked.store(true, Ordering::Release);
         }
         self.flush()?;
         let used_len = lock(&self.alloc).used_len();
         if self.file.len()? != used_len {
             self.file.set_len(used_len)?;
-            self.file.sync()?;
+            self.file.sync().inspect_err(|e| self.gate.latch(e))?;
         }
-        self.file.write_at(self.header.marked(IN_USE_CLOSED).bytes(), 0)?;
-        let synced = self.file.sync();
-        match &synced {
-            Ok(()) => self.marked.store(false, Ordering::Release),
-            Err(e) => self.gate.latch(e),
-        }
-        synced
+        lock(&self.alloc).cut();
+        // Should this fail, the header may say either, and no change may follow.
+        let closed = self.file.write_at(self.header.marked(IN_USE_CLOSED).bytes(), 0);
+        let closed = closed.and_then(|()| self.file.sync());
+        closed.inspect_err(|e| self.gate.latch(e))?;
+        self.marked.store(false, Ordering::Release);
+        self.unclean.store(false, Ordering::Release);
+        Ok(())
     }
 }
 

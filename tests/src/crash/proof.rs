@@ -1,0 +1,157 @@
+//! The tests of tests: whoever takes a sync out of the code, or moves it, must see red.
+//!
+//! Every scenario is run with sync 0, 1, 2 … left out, performed before the last change that it
+//! should cover, and performed after the change that follows it. Each line of the code that syncs
+//! must be noticed missing, early and late by some scenario; and no such line may go unvisited.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use ploop::store::Store;
+use ploop::store::memory::MemoryStore;
+use ploop::store::recording::RecordingStore;
+
+use super::reorder::{Order, ReorderingStore, SyncCall};
+
+/// Judges all states of a run. The error is the first violation.
+pub type Verdict<'a> = Box<dyn FnOnce() -> Result<(), String> + 'a>;
+
+/// Runs on the store that is given, whose log is the second one's; returns who judges it.
+type Run<'a> = Box<dyn Fn(Arc<dyn Store>, &RecordingStore) -> Verdict<'a> + 'a>;
+
+/// A run that can be repeated and judged. Each run does the same.
+pub struct Scenario<'a> {
+    /// For reports.
+    pub name: String,
+    /// What is there at its start, all durable.
+    pub start: MemoryStore,
+    /// What is done.
+    pub run: Run<'a>,
+}
+
+/// What is done to a sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Crime {
+    Dropped,
+    Early,
+    Late,
+}
+
+#[derive(Debug, Default)]
+struct Record {
+    noticed: u32,
+    missed_in: Vec<String>,
+}
+
+/// A crime that so many scenarios noticed needs no more of them.
+const ENOUGH: u32 = 2;
+
+/// What is known of each line that syncs.
+#[derive(Debug, Default)]
+pub struct Proof {
+    sites: BTreeMap<String, BTreeMap<Crime, Record>>,
+    runs: u64,
+}
+
+impl Scenario<'_> {
+    fn play(&self, drop: Option<u64>, order: Order) -> (Vec<SyncCall>, Result<(), String>) {
+        let store = RecordingStore::on(&self.start);
+        if let Some(n) = drop {
+            store.drop_sync(n);
+        }
+        let front = ReorderingStore::new(&store, order);
+        let verdict = (self.run)(Arc::new(front.clone()), &store);
+        // The syncs of judging do not count.
+        let calls = front.calls();
+        (calls, verdict())
+    }
+}
+
+impl Proof {
+    /// Runs a scenario unharmed, which must be right, and then with each crime that too few have
+    /// noticed so far.
+    pub fn add(&mut self, scenario: &Scenario<'_>) {
+        let (calls, verdict) = scenario.play(None, Order::Unchanged);
+        verdict.unwrap_or_else(|e| panic!("{}, unharmed: {e}", scenario.name));
+        for (n, call) in (0..).zip(calls) {
+            self.commit(scenario, &call.site, Crime::Dropped, Some(n), Order::Unchanged);
+            self.commit(scenario, &call.site, Crime::Late, None, Order::Late(n));
+            if let Some((change, of)) = call.last {
+                let early = Order::Early { sync: n, change, of };
+                self.commit(scenario, &call.site, Crime::Early, None, early);
+            }
+        }
+    }
+
+    fn commit(
+        &mut self,
+        scenario: &Scenario<'_>,
+        site: &str,
+        crime: Crime,
+        drop: Option<u64>,
+        order: Order,
+    ) {
+        let record = self.sites.entry(site.to_owned()).or_default().entry(crime).or_default();
+        if record.noticed >= ENOUGH {
+            return;
+        }
+        self.runs += 1;
+        match scenario.play(drop, order).1 {
+            Err(_) => record.noticed += 1,
+            Ok(()) => record.missed_in.push(scenario.name.clone()),
+        }
+    }
+
+    /// Panics unless every line that syncs in `files` (relative to the workspace) was visited, and
+    /// every crime on every visited line was noticed. `but` are exceptions: a part of the source
+    /// line, and why nobody can notice.
+    pub fn verdict(&self, files: &[&str], but: &[(&str, &str)]) {
+        let mut wrong = Vec::new();
+        for (site, crimes) in &self.sites {
+            for (crime, record) in crimes {
+                println!("{site}: {crime:?}: noticed by {}", record.noticed);
+                if record.noticed == 0 && !excused(site, but) {
+                    let runs = record.missed_in.join("\n    ");
+                    wrong.push(format!("{site}: {crime:?} and nobody noticed:\n    {runs}"));
+                }
+            }
+        }
+        for file in files {
+            for (line, text) in sync_lines(file) {
+                let site = format!("{file}:{line}");
+                if !self.sites.contains_key(&site) && !excused(&site, but) {
+                    wrong.push(format!("{site}: never visited: {text}"));
+                }
+            }
+        }
+        println!("{} runs with a sync left out or moved", self.runs);
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+}
+
+fn workspace() -> &'static Path {
+    // Compiled in: the sources that were built are the ones that are read.
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
+}
+
+fn excused(site: &str, but: &[(&str, &str)]) -> bool {
+    let Some((file, line)) = site.rsplit_once(':') else { return false };
+    let Ok(text) = fs::read_to_string(workspace().join(file)) else { return false };
+    let line = line.parse().ok().and_then(|n: usize| text.lines().nth(n - 1));
+    line.is_some_and(|line| but.iter().any(|(part, _)| line.contains(part)))
+}
+
+/// The lines of a source file, up to its tests, that call a sync of the store.
+fn sync_lines(file: &str) -> Vec<(usize, String)> {
+    let path = workspace().join(file);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let calls = |line: &&str| {
+        let code = line.split("//").next().unwrap_or_default();
+        code.contains(".sync()") || code.contains(".sync_dir(")
+    };
+    let numbered = (1..).zip(code.lines()).filter(|(_, line)| calls(line));
+    numbered.map(|(n, line)| (n, line.trim().to_owned())).collect()
+}

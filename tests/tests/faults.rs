@@ -1,0 +1,167 @@
+//! Every store call fails once.
+//!
+//! Each story is run again and again; in run N call number N fails, until a run has no call N.
+//! Nothing panics; errors have the right kind; what was answered and flushed is there after kill -9
+//! and after a power cut (promise 1); a failed sync stops all writing (promise 1: no false success);
+//! a full host hurts the writer that needs space and nobody else, and the image still closes clean
+//! (promise 5).
+
+use ploop::Kind;
+use ploop::format::ploop::Version;
+use ploop::store::recording::{Budget, Calls, Fault, RecordingStore, Tear};
+use ploop::verify::{FindingKind, scan_image};
+use ploop_tests::crash::{Depth, Fixture, History, Runner, Shape, Step, judge, workload};
+
+/// What fails.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    fault: Fault,
+    calls: Calls,
+    tear: Tear,
+    /// Count syncs only.
+    syncs: bool,
+}
+
+/// What became of one run.
+struct Outcome {
+    /// The error of the step that met the fault; `None` when it was survived without one.
+    first: Option<ploop::Error>,
+    /// Call N was reached.
+    reached: bool,
+}
+
+/// True for a failure after which nothing may be written any more: of a sync, or of a write to the
+/// header or the table.
+fn must_latch(fx: &Fixture, e: &ploop::Error) -> bool {
+    e.what().starts_with("sync")
+        || e.what().starts_with("write") && e.offset().is_some_and(|at| at < data_start(fx))
+}
+
+fn data_start(fx: &Fixture) -> u64 {
+    scan_image(fx.top_file(&fx.start).as_ref()).unwrap().header.data_start
+}
+
+fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
+    let store = RecordingStore::on(&fx.start);
+    store.count(case.calls);
+    store.tear(case.tear);
+    match case.syncs {
+        true => store.fail_sync(n, case.fault),
+        false => store.fail_at(n, case.fault),
+    }
+    let history = History::new(&store, fx.initial.clone(), fx.closed());
+    let mut runner = Runner::new(fx, store.store(), &history);
+    let mut first: Option<ploop::Error> = None;
+    let mut latched = false;
+    let mut points = Vec::new();
+    let mut closed = false;
+    for step in steps.iter().chain([&Step::Close]) {
+        let fresh = !runner.is_open() || *step == Step::Kill;
+        latched &= !fresh;
+        match runner.step(step) {
+            Ok(()) => {
+                assert!(!latched, "{step:?} succeeded after {first:?}");
+                closed = *step == Step::Close;
+                continue;
+            }
+            Err(e) if first.is_none() => {
+                let kind = if case.fault == Fault::Enospc { Kind::NoSpace } else { Kind::Io };
+                assert_eq!(e.kind(), kind, "{step:?}: {e}");
+                latched = runner.is_open() && e.what().starts_with("sync");
+                runner.trust_cache = !e.what().starts_with("sync");
+                points.push(store.log().len());
+                first = Some(e);
+            }
+            Err(e) => {
+                let first = first.as_ref().unwrap();
+                assert!(must_latch(fx, first), "{step:?} fails: {e}, after one failure: {first}");
+                assert_eq!(e.kind(), Kind::Latched, "{step:?}: {e}");
+                assert!(!fresh, "{step:?} after a new open: {e}");
+            }
+        }
+        closed = false;
+        // A close that failed is a close all the same: the next step opens the disk anew.
+        latched &= runner.is_open();
+    }
+    let reached = if case.syncs { store.syncs() > n } else { store.calls() > n };
+    // Even after an error the last close leaves nothing behind, unless it failed itself.
+    if closed {
+        let scan = scan_image(fx.top_file(&store.snapshot()).as_ref()).unwrap();
+        let worse = |k| k != FindingKind::UnreferencedClusters || !fx.findings.contains(&k);
+        let left: Vec<_> = scan.findings.iter().filter(|f| worse(f.kind)).collect();
+        assert!(left.is_empty(), "closed after {first:?}, and not clean: {left:?}");
+    }
+    points.push(store.log().len());
+    look(fx, &store, &history, &points);
+    Outcome { first, reached }
+}
+
+/// kill -9 and power cuts after the failure, at the end, and after closing.
+fn look(fx: &Fixture, store: &RecordingStore, history: &History, points: &[usize]) {
+    let budget = Budget { exhaustive_units: 6, seeded: 10, seed: 1 };
+    let killed = judge(fx, &history.view(usize::MAX), &store.snapshot(), Depth::Work);
+    killed.unwrap_or_else(|e| panic!("after kill -9: {e}"));
+    for &point in points {
+        let view = history.view(point);
+        for state in store.states_at(point, &budget) {
+            judge(fx, &view, &state.build(), Depth::Work).unwrap_or_else(|e| {
+                let ops = history.lines().join("\n  ");
+                panic!("{e}\n{state}\n  {ops}\nlog:\n  {}", store.log().join("\n  "))
+            });
+        }
+    }
+}
+
+fn every_call(case: Case) {
+    let (mut runs, mut errors) = (0u64, 0u64);
+    for (version, overlay, shape) in [
+        (Version::V2, true, Shape::Empty),
+        (Version::V1, true, Shape::Dirty),
+        (Version::V2, false, Shape::Holes),
+    ] {
+        let fx = Fixture::new(version, shape, overlay, workload::STORY_CLUSTERS);
+        for (name, steps) in workload::stories() {
+            for n in 0.. {
+                println!("{}, {name}, {case:?}, call {n}", fx.name);
+                let outcome = run(&fx, &steps, case, n);
+                runs += 1;
+                errors += u64::from(outcome.first.is_some());
+                if !outcome.reached {
+                    break;
+                }
+            }
+        }
+    }
+    println!("{runs} runs, {errors} of them with an error");
+    assert!(errors > 100 && errors < runs);
+}
+
+/// Goal: promise 1 when the device fails. Method: EIO at every call, reads included, with nothing
+/// and with two sectors of a failing write on disk.
+#[test]
+fn an_io_error_at_any_call_loses_nothing_that_was_flushed() {
+    let case = Case { fault: Fault::Eio, calls: Calls::All, tear: Tear::Nothing, syncs: false };
+    every_call(case);
+    every_call(Case { calls: Calls::Changes, tear: Tear::Bytes(1024), ..case });
+}
+
+/// Goal: promise 5. Method: ENOSPC at every call that changes something.
+#[test]
+fn a_full_host_at_any_call_hurts_one_writer_only() {
+    let case =
+        Case { fault: Fault::Enospc, calls: Calls::Changes, tear: Tear::Nothing, syncs: false };
+    every_call(case);
+    every_call(Case { tear: Tear::Bytes(1024), ..case });
+}
+
+/// Goal: promise 1 when a sync fails and the kernel forgets it. Method: every sync fails once, and
+/// what it covered stays losable whatever later syncs report.
+#[test]
+fn a_failed_sync_stops_all_writing() {
+    every_call(Case {
+        fault: Fault::Eio,
+        calls: Calls::Changes,
+        tear: Tear::Nothing,
+        syncs: true,
+    });
+}
