@@ -337,7 +337,12 @@ mod tests {
             let name = command.get_name();
             drop(Cli::try_parse_from(["ploop", name, "--help"]));
             for inner in command.get_subcommands() {
-                drop(Cli::try_parse_from(["ploop", name, inner.get_name(), "--help"]));
+                drop(Cli::try_parse_from([
+                    "ploop",
+                    name,
+                    inner.get_name(),
+                    "--help",
+                ]));
             }
         }
     }

@@ -20,7 +20,10 @@ pub(crate) fn log_to_stderr(verbose: u8) {
         _ => "debug",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
 }
 
 /// Prints an error on standard error (as JSON, too, for programs); the exit code is its kind's.
@@ -131,7 +134,10 @@ pub(crate) fn parse_size(text: &str) -> std::result::Result<u64, String> {
         _ => (plain, 0),
     };
     if let Ok(n) = number.parse::<u64>() {
-        return n.checked_mul(1 << shift).filter(|&n| n <= i64::MAX as u64).ok_or_else(bad);
+        return n
+            .checked_mul(1 << shift)
+            .filter(|&n| n <= i64::MAX as u64)
+            .ok_or_else(bad);
     }
     match number.parse::<f64>() {
         Ok(n) if n >= 0.0 && n * (1u64 << shift) as f64 <= i64::MAX as f64 => {
@@ -167,7 +173,10 @@ impl Bar {
         {
             bar.set_style(style);
         }
-        Bar { bar, stage: Cell::new("") }
+        Bar {
+            bar,
+            stage: Cell::new(""),
+        }
     }
 
     /// Shows how far `stage` is.
@@ -193,14 +202,22 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_operators_write_them() {
-        for (text, bytes) in
-            [("0", 0), ("512", 512), ("10G", 10 << 30), ("1.5k", 1536), ("2TiB", 2 << 40), ("7B", 7)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("10G", 10 << 30),
+            ("1.5k", 1536),
+            ("2TiB", 2 << 40),
+            ("7B", 7),
+        ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "G", "-1", "10X", "1e30T", "99999999999T", "1.5.5G"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
-        assert_eq!((size(512), size(1536), size(10 << 30)), ("512B".into(), "1.50K".into(), "10G".into()));
+        assert_eq!(
+            (size(512), size(1536), size(10 << 30)),
+            ("512B".into(), "1.50K".into(), "10G".into())
+        );
     }
 }

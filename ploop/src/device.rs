@@ -131,12 +131,18 @@ pub struct WriteLease {
 impl WriteLease {
     /// A write in place: nothing to enter at commit.
     pub fn in_place(file: Arc<dyn StoreFile>) -> WriteLease {
-        WriteLease { file, pending: None }
+        WriteLease {
+            file,
+            pending: None,
+        }
     }
 
     /// A write that ends in `pending.commit()`.
     pub fn allocating(file: Arc<dyn StoreFile>, pending: Box<dyn Pending>) -> WriteLease {
-        WriteLease { file, pending: Some(pending) }
+        WriteLease {
+            file,
+            pending: Some(pending),
+        }
     }
 
     /// The file that the segments of this write are in.
@@ -246,6 +252,9 @@ pub fn check_range(range: &Range<u64>, size: u64) -> Result<()> {
     }
     Err(Error::new(
         Kind::Invalid,
-        format!("bytes {}..{} are not inside the disk of {size} bytes", range.start, range.end),
+        format!(
+            "bytes {}..{} are not inside the disk of {size} bytes",
+            range.start, range.end
+        ),
     ))
 }

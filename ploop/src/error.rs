@@ -136,7 +136,9 @@ impl Error {
 
     /// The operating system's error while doing `what` ("read", "create") on `path`.
     pub fn io(what: impl Into<String>, path: impl AsRef<Path>, source: io::Error) -> Error {
-        Error::new(Kind::of(&source), what).on(path).caused_by(source)
+        Error::new(Kind::of(&source), what)
+            .on(path)
+            .caused_by(source)
     }
 
     /// Adds the file.
@@ -201,7 +203,11 @@ impl Error {
 
     /// The operating system's error number, if that is where it came from.
     pub fn raw_os_error(&self) -> Option<i32> {
-        self.0.source.as_ref()?.downcast_ref::<io::Error>()?.raw_os_error()
+        self.0
+            .source
+            .as_ref()?
+            .downcast_ref::<io::Error>()?
+            .raw_os_error()
     }
 }
 

@@ -91,19 +91,32 @@ impl DiskLock {
         }
         let path = side.join("lock");
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let mut file = options.open(&path).map_err(|e| Error::io("open", &path, e))?;
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600);
+        let mut file = options
+            .open(&path)
+            .map_err(|e| Error::io("open", &path, e))?;
         if let Err(e) = FileExt::try_lock_exclusive(&file) {
             if e.raw_os_error() != fs2::lock_contended_error().raw_os_error() {
                 return Err(Error::io("lock", &path, e));
             }
             let mut holder = String::new();
             // Only a hint for people: a reader that fails shows none.
-            drop(Read::by_ref(&mut file).take(200).read_to_string(&mut holder));
+            drop(
+                Read::by_ref(&mut file)
+                    .take(200)
+                    .read_to_string(&mut holder),
+            );
             let holder = holder.lines().next().unwrap_or("an unknown process");
-            return Err(Error::new(Kind::InUse, format!("the disk is in use by {holder}"))
-                .on(dir)
-                .fix("Stop that process, or ask it"));
+            return Err(
+                Error::new(Kind::InUse, format!("the disk is in use by {holder}"))
+                    .on(dir)
+                    .fix("Stop that process, or ask it"),
+            );
         }
         let lock = DiskLock { file, path };
         // Only a hint, and a full disk keeps nobody from the disk: it must still be removable.
@@ -114,7 +127,9 @@ impl DiskLock {
     fn write_holder(&self) -> Result<()> {
         let io = |e| Error::io("write", &self.path, e);
         let pid = std::process::id();
-        let name = std::env::current_exe().ok().and_then(|p| Some(p.file_name()?.to_owned()));
+        let name = std::env::current_exe()
+            .ok()
+            .and_then(|p| Some(p.file_name()?.to_owned()));
         let name = name.map_or_else(|| "?".into(), |n| n.to_string_lossy().into_owned());
         let start = start_time(pid).unwrap_or_default();
         let mut file = &self.file;
@@ -134,7 +149,12 @@ impl Drop for DiskLock {
 /// Field 22 of /proc/PID/stat: clock ticks between boot and the start of the process.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    stat.rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
 }
 
 #[cfg(test)]
@@ -157,8 +177,14 @@ mod tests {
         drop((a, b));
         let w = open();
         lock_image(w.as_ref(), Use::Write).unwrap();
-        assert_eq!(lock_image(open().as_ref(), Use::Write).unwrap_err().kind(), Kind::InUse);
-        assert_eq!(lock_image(open().as_ref(), Use::Read).unwrap_err().kind(), Kind::InUse);
+        assert_eq!(
+            lock_image(open().as_ref(), Use::Write).unwrap_err().kind(),
+            Kind::InUse
+        );
+        assert_eq!(
+            lock_image(open().as_ref(), Use::Read).unwrap_err().kind(),
+            Kind::InUse
+        );
         drop(w);
         lock_image(open().as_ref(), Use::Write).unwrap();
     }
@@ -169,7 +195,11 @@ mod tests {
         let held = DiskLock::acquire(dir.path()).unwrap();
         let e = DiskLock::acquire(dir.path()).unwrap_err();
         assert_eq!(e.kind(), Kind::InUse);
-        assert!(e.to_string().contains(&format!("process {}", std::process::id())), "{e}");
+        assert!(
+            e.to_string()
+                .contains(&format!("process {}", std::process::id())),
+            "{e}"
+        );
         drop(held);
         DiskLock::acquire(dir.path()).unwrap();
     }

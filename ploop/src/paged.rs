@@ -21,7 +21,9 @@ impl<P> Paged<P> {
     /// An empty table for `pages` pages.
     pub(crate) fn new(pages: u64) -> Paged<P> {
         let roots = pages.div_ceil(FAN as u64) as usize;
-        Paged { roots: (0..roots).map(|_| OnceLock::new()).collect() }
+        Paged {
+            roots: (0..roots).map(|_| OnceLock::new()).collect(),
+        }
     }
 
     /// The page, if it was made.
@@ -54,7 +56,10 @@ mod tests {
         assert_eq!(*t.get_or_make(1999, || Ok(7)).unwrap(), 7);
         assert_eq!(*t.get_or_make(1999, || Ok(8)).unwrap(), 7);
         assert_eq!(t.get(0), None);
-        assert!(t.get_or_make(1, || Err(crate::Error::invalid("no"))).is_err());
+        assert!(
+            t.get_or_make(1, || Err(crate::Error::invalid("no")))
+                .is_err()
+        );
         assert_eq!(t.get(1), None);
     }
 }

@@ -37,7 +37,10 @@ impl Rng {
 const CLUSTER: u64 = 32 * 1024;
 
 fn env(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(default)
 }
 
 /// A file that holds `size` bytes of which about half are not zero, as a closed ploop image.
@@ -94,10 +97,16 @@ fn step(rng: &mut Rng, disk: &Disk, oracle: &mut [u8]) {
             assert!(got == oracle[range], "read of {len} bytes at {at} differs");
         }
         7 => {
-            let mode = ZeroMode { keep_space: rng.below(2) == 0, only_if_fast: rng.below(2) == 0 };
+            let mode = ZeroMode {
+                keep_space: rng.below(2) == 0,
+                only_if_fast: rng.below(2) == 0,
+            };
             match disk.zero(at..at + len, mode) {
                 Ok(()) => oracle[range].fill(0),
-                Err(e) => assert!(mode.only_if_fast && e.kind() == ploop::Kind::Unsupported, "{e}"),
+                Err(e) => assert!(
+                    mode.only_if_fast && e.kind() == ploop::Kind::Unsupported,
+                    "{e}"
+                ),
             }
         }
         8 => {
@@ -105,7 +114,11 @@ fn step(rng: &mut Rng, disk: &Disk, oracle: &mut [u8]) {
             let mut got = vec![1; len as usize];
             disk.read(at, &mut got).unwrap();
             for (i, (g, o)) in got.iter().zip(&mut oracle[range]).enumerate() {
-                assert!(g == o || *g == 0, "discard changed byte {} to {g}", at + i as u64);
+                assert!(
+                    g == o || *g == 0,
+                    "discard changed byte {} to {g}",
+                    at + i as u64
+                );
                 *o = *g;
             }
         }
@@ -145,7 +158,11 @@ fn run(seed: u64, ops: u64, version: Version, with_base: bool) {
             let file = store.open(Path::new("/top"), Access::Read).unwrap();
             let scan = scan_image(file.as_ref()).unwrap();
             let worst = class_of(&scan.findings);
-            assert!(worst == Class::Clean, "after close at op {i}: {:?}", scan.findings);
+            assert!(
+                worst == Class::Clean,
+                "after close at op {i}: {:?}",
+                scan.findings
+            );
             assert!(scan.used.count() <= clusters);
             disk = open(&store, Path::new("/top"), below());
             check_all(&disk, &oracle);

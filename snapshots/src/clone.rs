@@ -1,6 +1,6 @@
 //! `ploop create`: a container from a template. One small image and a descriptor.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ploop::descriptor::{Descriptor, Guid, Image, ImageKind, Shot, Temporary};
 use ploop::disk::open::DESCRIPTOR;
@@ -53,7 +53,9 @@ pub fn create_container(
     let target = root.container(name);
     let taken = || {
         let what = format!("there is a container {name} already");
-        Err(Error::new(Kind::Exists, what).on(&target).fix(format!("Remove it: ploop rm {name}")))
+        Err(Error::new(Kind::Exists, what)
+            .on(&target)
+            .fix(format!("Remove it: ploop rm {name}")))
     };
     if root.store().kind(&target)?.is_some() {
         return taken();
@@ -78,11 +80,17 @@ pub fn create_container(
             _ => Err(e),
         };
     }
-    Ok(Created { dir: target, size, grown })
+    Ok(Created {
+        dir: target,
+        size,
+        grown,
+    })
 }
 
 fn wanted_size(disk: &TemplateDisk, size: Option<u64>) -> Result<u64> {
-    let Some(size) = size else { return Ok(disk.size) };
+    let Some(size) = size else {
+        return Ok(disk.size);
+    };
     if size < disk.size {
         return Err(Error::invalid(format!(
             "{size} bytes is less than the template's {}: a disk cannot be smaller than what it is \
@@ -91,10 +99,11 @@ fn wanted_size(disk: &TemplateDisk, size: Option<u64>) -> Result<u64> {
         )));
     }
     let cluster = u64::from(disk.cluster_sectors) * SECTOR;
-    size.checked_next_multiple_of(cluster).ok_or_else(|| Error::invalid("the size is too large"))
+    size.checked_next_multiple_of(cluster)
+        .ok_or_else(|| Error::invalid("the size is too large"))
 }
 
-fn build(root: &Root, disk: &TemplateDisk, size: u64, owner: Uuid, target: &PathBuf) -> Result<()> {
+fn build(root: &Root, disk: &TemplateDisk, size: u64, owner: Uuid, target: &Path) -> Result<()> {
     let store = root.store();
     let version = disk.version;
     let header = Header::new(version, disk.cluster_sectors, size / SECTOR)?;
@@ -136,13 +145,29 @@ fn describe(disk: &TemplateDisk, size: u64, file: &str) -> Result<Descriptor> {
     let mut d = Descriptor::new_single(sectors, cluster, false, base.guid, path(base.id))?;
     let mut parent = base.guid;
     for l in &layers[1..] {
-        d.images.push(Image { guid: l.guid, kind: ImageKind::Compressed, file: path(l.id) });
-        d.shots.push(Shot { guid: l.guid, parent, temporary: Temporary::No });
+        d.images.push(Image {
+            guid: l.guid,
+            kind: ImageKind::Compressed,
+            file: path(l.id),
+        });
+        d.shots.push(Shot {
+            guid: l.guid,
+            parent,
+            temporary: Temporary::No,
+        });
         parent = l.guid;
     }
     let kind = ImageKind::Compressed;
-    d.images.push(Image { guid: Guid::TOP, kind, file: file.to_owned() });
-    d.shots.push(Shot { guid: Guid::TOP, parent, temporary: Temporary::No });
+    d.images.push(Image {
+        guid: Guid::TOP,
+        kind,
+        file: file.to_owned(),
+    });
+    d.shots.push(Shot {
+        guid: Guid::TOP,
+        parent,
+        temporary: Temporary::No,
+    });
     d.top = Guid::TOP;
     d.check()?;
     Ok(d)

@@ -11,9 +11,9 @@ use ploop::store::StoreFile;
 use uuid::Uuid;
 
 use crate::layer::{self, IMAGE, NewLayer};
-use crate::{convert, rootfs};
 use crate::store::{Root, Work, read_small, write_new};
 use crate::template::{TemplateDisk, TemplateLayer, data_of};
+use crate::{convert, rootfs};
 
 /// What growing cost.
 #[derive(Clone, Debug)]
@@ -33,8 +33,12 @@ pub(crate) fn layer_for(
     owner: Uuid,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Option<Grown>> {
-    let Some(top) = disk.layers.last().cloned() else { return Ok(None) };
-    let record = layer::path(root, top.id).join("grown").join(size.to_string());
+    let Some(top) = disk.layers.last().cloned() else {
+        return Ok(None);
+    };
+    let record = layer::path(root, top.id)
+        .join("grown")
+        .join(size.to_string());
     if let Some(found) = cached(root, &record)? {
         let image = layer::path(root, found).join(IMAGE);
         let data = data_of(root, &image)?;
@@ -42,7 +46,9 @@ pub(crate) fn layer_for(
         return Ok(Some(Grown { data, cached: true }));
     }
     let work = root.work()?;
-    let Some(id) = make(root, disk, size, owner, &work, progress)? else { return Ok(None) };
+    let Some(id) = make(root, disk, size, owner, &work, progress)? else {
+        return Ok(None);
+    };
     // A record that another process wrote meanwhile names a layer as good as this one.
     match write_new(root.store(), &record, id.to_string().as_bytes()) {
         Err(e) if e.kind() != Kind::Exists => return Err(e),
@@ -50,13 +56,20 @@ pub(crate) fn layer_for(
     }
     let data = data_of(root, &layer::path(root, id).join(IMAGE))?;
     disk.layers.push(grown_layer(root, id));
-    Ok(Some(Grown { data, cached: false }))
+    Ok(Some(Grown {
+        data,
+        cached: false,
+    }))
 }
 
 fn grown_layer(root: &Root, id: Uuid) -> TemplateLayer {
     let image = layer::path(root, id).join(IMAGE);
     // The node's name in every clone's tree is the layer's own id.
-    TemplateLayer { id, guid: ploop::descriptor::Guid::from_bytes(id.into_bytes()), image }
+    TemplateLayer {
+        id,
+        guid: ploop::descriptor::Guid::from_bytes(id.into_bytes()),
+        image,
+    }
 }
 
 fn cached(root: &Root, record: &std::path::Path) -> Result<Option<Uuid>> {
@@ -64,10 +77,19 @@ fn cached(root: &Root, record: &std::path::Path) -> Result<Option<Uuid>> {
         return Ok(None);
     }
     let text = read_small(root.store(), record, 100)?;
-    let id = std::str::from_utf8(&text).ok().and_then(|t| Uuid::parse_str(t.trim()).ok());
+    let id = std::str::from_utf8(&text)
+        .ok()
+        .and_then(|t| Uuid::parse_str(t.trim()).ok());
     // Half a record after a crash, or a layer that was collected: as if there were none.
     match id {
-        Some(id) if root.store().kind(&layer::path(root, id).join(IMAGE))?.is_some() => Ok(Some(id)),
+        Some(id)
+            if root
+                .store()
+                .kind(&layer::path(root, id).join(IMAGE))?
+                .is_some() =>
+        {
+            Ok(Some(id))
+        }
         _ => {
             root.store().remove_file(record)?;
             Ok(None)
@@ -94,7 +116,11 @@ fn make(
     let grown = rootfs::grow(&flat, size)?;
     if !grown.filesystem {
         let reason = grown.reason.unwrap_or_default();
-        tracing::warn!(template = disk.name, reason, "only the disk is larger, not what is on it");
+        tracing::warn!(
+            template = disk.name,
+            reason,
+            "only the disk is larger, not what is on it"
+        );
         return Ok(None);
     }
     let below = before.below().cloned();

@@ -42,7 +42,11 @@ impl NewLayer {
         // Sealed from birth: only this open file can write it.
         let file = create(store, &dir.join(IMAGE), &header, 0o400)?;
         let disk = Disk::writable(below, Top::open(file)?, None)?;
-        Ok(NewLayer { id: Uuid::new_v4(), dir, disk })
+        Ok(NewLayer {
+            id: Uuid::new_v4(),
+            dir,
+            disk,
+        })
     }
 
     /// Closes the image and moves the layer into the store with a reference from `owner`; both are
@@ -67,10 +71,16 @@ pub(crate) fn path(root: &Root, id: Uuid) -> PathBuf {
 
 /// The layer that an image file of this store is in.
 pub(crate) fn id_of(root: &Root, image: &Path) -> Result<Uuid> {
-    let dir = image.parent().filter(|d| d.parent() == Some(&root.layers()));
+    let dir = image
+        .parent()
+        .filter(|d| d.parent() == Some(&root.layers()));
     let name = dir.and_then(|d| d.file_name()?.to_str());
     name.and_then(|n| Uuid::parse_str(n).ok()).ok_or_else(|| {
-        Error::new(Kind::Corrupt, "a template's image is not in the store's layers").on(image)
+        Error::new(
+            Kind::Corrupt,
+            "a template's image is not in the store's layers",
+        )
+        .on(image)
     })
 }
 

@@ -62,13 +62,17 @@ pub fn containers(root: &Root) -> Result<Vec<ContainerEntry>> {
             templates.insert(layer_name(&base.file), name);
         }
     }
-    root.names("containers")?.into_iter().map(|name| container(root, name, &templates)).collect()
+    root.names("containers")?
+        .into_iter()
+        .map(|name| container(root, name, &templates))
+        .collect()
 }
 
 /// The layer's directory name in a path like `../../layers/UUID/image.hds`.
 fn layer_name(file: &str) -> String {
     let dir = Path::new(file).parent().and_then(Path::file_name);
-    dir.map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    dir.map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 fn container(
@@ -83,7 +87,9 @@ fn container(
         name,
         size: d.disk_sectors.unwrap_or(0) * SECTOR,
         data: 0,
-        template: chain.first().and_then(|base| templates.get(&layer_name(&base.file)).cloned()),
+        template: chain
+            .first()
+            .and_then(|base| templates.get(&layer_name(&base.file)).cloned()),
         depth: chain.len(),
     };
     for image in &d.images {
@@ -101,13 +107,18 @@ fn container(
 
 /// The templates of a store, by name.
 pub fn templates(root: &Root) -> Result<Vec<TemplateEntry>> {
-    root.names("templates")?.into_iter().map(|name| template(root, &name)).collect()
+    root.names("templates")?
+        .into_iter()
+        .map(|name| template(root, &name))
+        .collect()
 }
 
 /// One template. Error: `NotFound`.
 pub fn template(root: &Root, name: &str) -> Result<TemplateEntry> {
     let disk = crate::template::open(root, name)?;
-    let meta = Meta::read(root.store(), &root.template(name))?.template.unwrap_or_default();
+    let meta = Meta::read(root.store(), &root.template(name))?
+        .template
+        .unwrap_or_default();
     let (mut data, mut clones) = (0, 0);
     for l in &disk.layers {
         data += data_of(root, &l.image)?;
@@ -137,5 +148,8 @@ pub struct Names {
 
 /// What there is, without opening any of it.
 pub fn names(root: &Root) -> Result<Names> {
-    Ok(Names { containers: root.names("containers")?, templates: root.names("templates")? })
+    Ok(Names {
+        containers: root.names("containers")?,
+        templates: root.names("templates")?,
+    })
 }

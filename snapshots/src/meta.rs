@@ -41,8 +41,11 @@ impl Meta {
             return Ok(Meta::default());
         }
         let bytes = read_small(store, &path, BYTES_MAX)?;
-        serde_json::from_slice(&bytes)
-            .map_err(|e| Error::new(Kind::Corrupt, "not the metadata of a disk").on(path).caused_by(e))
+        serde_json::from_slice(&bytes).map_err(|e| {
+            Error::new(Kind::Corrupt, "not the metadata of a disk")
+                .on(path)
+                .caused_by(e)
+        })
     }
 
     /// Writes the metadata of a new disk in `dir`, durable but for the name of `.ploop` itself.

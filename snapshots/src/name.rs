@@ -14,7 +14,10 @@ pub fn check(name: &str) -> Result<()> {
         Some(c) if !c.is_ascii_alphanumeric() => {
             format!("begins with {c:?}, must begin with a letter or a digit")
         }
-        Some(_) => match name.chars().find(|c| !c.is_ascii_alphanumeric() && !"._-+".contains(*c)) {
+        Some(_) => match name
+            .chars()
+            .find(|c| !c.is_ascii_alphanumeric() && !"._-+".contains(*c))
+        {
             None => return Ok(()),
             Some(c) => format!("has {c:?} in it; letters, digits, '.', '_', '-', '+' are allowed"),
         },
@@ -26,7 +29,9 @@ pub fn check(name: &str) -> Result<()> {
 mod tests {
     #[test]
     fn a_name_is_never_a_path_an_option_or_a_snapshot() {
-        for bad in ["", ".", "..", "a/b", "../x", "-x", "_x", ".x", "a@b", "a b", "ä", "a\n"] {
+        for bad in [
+            "", ".", "..", "a/b", "../x", "-x", "_x", ".x", "a@b", "a b", "ä", "a\n",
+        ] {
             assert!(super::check(bad).is_err(), "{bad:?}");
         }
         assert!(super::check(&"x".repeat(129)).is_err());

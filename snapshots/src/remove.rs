@@ -23,7 +23,9 @@ pub fn remove_container(root: &Root, name: &str) -> Result<()> {
     let dir = root.container(name);
     if root.store().kind(&dir)?.is_none() {
         let what = format!("there is no container {name}");
-        return Err(Error::new(Kind::NotFound, what).on(dir).fix("`ploop list` shows what there is"));
+        return Err(Error::new(Kind::NotFound, what)
+            .on(dir)
+            .fix("`ploop list` shows what there is"));
     }
     let _alone = root.lock(true)?;
     let _held = DiskLock::acquire(&dir)?;
@@ -51,7 +53,10 @@ pub fn remove_template(root: &Root, name: &str) -> Result<()> {
 fn remove_disk(root: &Root, dir: &std::path::Path, room: &str) -> Result<()> {
     let store = root.store();
     // 2. COMMIT
-    store.rename_new(dir, &root.dir().join("tmp").join(Uuid::new_v4().to_string()))?;
+    store.rename_new(
+        dir,
+        &root.dir().join("tmp").join(Uuid::new_v4().to_string()),
+    )?;
     store.sync_dir(&root.dir().join(room))?;
     // 3. Nobody works in there, so the files are collected like those of interrupted work.
     collect(root)
@@ -101,7 +106,10 @@ fn needed(root: &Root) -> Result<HashSet<Uuid>> {
             for image in &d.images {
                 // A container's id is in the name of its own image, a template's is its GUID.
                 owners.insert(Uuid::from_bytes(*image.guid.as_bytes()));
-                let ending = image.file.rsplit_once(".{").map(|(_, id)| id.trim_end_matches('}'));
+                let ending = image
+                    .file
+                    .rsplit_once(".{")
+                    .map(|(_, id)| id.trim_end_matches('}'));
                 owners.extend(ending.and_then(|id| Uuid::parse_str(id).ok()));
             }
         }
@@ -111,7 +119,10 @@ fn needed(root: &Root) -> Result<HashSet<Uuid>> {
 
 fn layer_ids(root: &Root) -> Result<Vec<Uuid>> {
     let names = root.store().list(&root.layers())?;
-    Ok(names.iter().filter_map(|n| Uuid::parse_str(n.to_str()?).ok()).collect())
+    Ok(names
+        .iter()
+        .filter_map(|n| Uuid::parse_str(n.to_str()?).ok())
+        .collect())
 }
 
 /// Removes a layer and its references to others.

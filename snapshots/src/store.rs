@@ -101,7 +101,11 @@ impl Root {
 
     /// Options that let a disk of this store reach its layers.
     pub fn open_options(&self, write: bool) -> OpenOptions {
-        OpenOptions { write, allow: vec![self.dir.clone()], ..OpenOptions::default() }
+        OpenOptions {
+            write,
+            allow: vec![self.dir.clone()],
+            ..OpenOptions::default()
+        }
     }
 
     /// The directory of a container.
@@ -126,7 +130,9 @@ impl Root {
         let path = self.dir.join("lock");
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
-        let file = options.open(&path).map_err(|e| Error::io("open", &path, e))?;
+        let file = options
+            .open(&path)
+            .map_err(|e| Error::io("open", &path, e))?;
         let locked = match alone {
             true => FileExt::lock_exclusive(&file),
             false => FileExt::lock_shared(&file),
@@ -145,14 +151,21 @@ impl Root {
             })?),
             false => None,
         };
-        Ok(Work { root: self, path, _lock: lock })
+        Ok(Work {
+            root: self,
+            path,
+            _lock: lock,
+        })
     }
 
     /// The names in a room, those that are no valid name left out.
     pub(crate) fn names(&self, room: &str) -> Result<Vec<String>> {
         let list = self.store().list(&self.dir.join(room))?;
         let names = list.iter().filter_map(|n| n.to_str());
-        Ok(names.filter(|n| crate::name::check(n).is_ok()).map(str::to_owned).collect())
+        Ok(names
+            .filter(|n| crate::name::check(n).is_ok())
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Removes what crashed work left in `tmp`. Errors of single entries are logged: they cost

@@ -92,7 +92,9 @@ pub fn import(
     }
     let work = root.work()?;
     let mut meta = TemplateMeta {
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        created: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs()),
         source: options.source_text.clone(),
         ..TemplateMeta::default()
     };
@@ -108,7 +110,9 @@ pub fn import(
             entries = built.entries;
             meta.filesystem = Some("ext4".into());
             meta.partition_offset = built.partition_offset;
-            let file = root.store().open(&root.store().resolve(&built.image)?, Access::Read)?;
+            let file = root
+                .store()
+                .open(&root.store().resolve(&built.image)?, Access::Read)?;
             let chain = ploop::chain::Chain::new(vec![Arc::new(RawDelta::new(file)?)])?;
             Disk::sealed(Arc::new(chain))
         }
@@ -118,12 +122,23 @@ pub fn import(
     let size = size.checked_next_multiple_of(cluster);
     let size = size.ok_or_else(|| Error::invalid("the size is too large"))?;
     let layer = NewLayer::create(root, &work, options.cluster_sectors, size, None)?;
-    convert::copy(&from, &layer.disk, &|done, total| progress(ImportStep::Copy(done, total)))?;
+    convert::copy(&from, &layer.disk, &|done, total| {
+        progress(ImportStep::Copy(done, total))
+    })?;
     drop(from);
     // 2.
     let owner = Uuid::new_v4();
     let id = layer.seal(root, owner)?;
-    let made = publish(root, &work, name, id, owner, size, options.cluster_sectors, meta);
+    let made = publish(
+        root,
+        &work,
+        name,
+        id,
+        owner,
+        size,
+        options.cluster_sectors,
+        meta,
+    );
     if let Err(e) = made {
         if let Err(left) = crate::remove::remove_layer(root, id) {
             tracing::warn!(error = %left, "a layer that nothing uses stays; it is collected later");
@@ -132,7 +147,12 @@ pub fn import(
         return Err(e);
     }
     let data = layer_data(root, id)?;
-    Ok(Imported { dir: root.template(name), size, data, entries })
+    Ok(Imported {
+        dir: root.template(name),
+        size,
+        data,
+        entries,
+    })
 }
 
 fn refuse_taken(root: &Root, name: &str) -> Result<()> {
@@ -146,16 +166,26 @@ fn refuse_taken(root: &Root, name: &str) -> Result<()> {
 }
 
 fn open_disk(root: &Root, source: &Source, options: &ImportOptions) -> Result<Disk> {
-    let open = OpenOptions { alone: true, write: false, ..options.open.clone() };
+    let open = OpenOptions {
+        alone: true,
+        write: false,
+        ..options.open.clone()
+    };
     let disk = root.opener().open(source, &open)?;
     if options.build.size.is_some_and(|s| s < disk.size()) {
-        let what = format!("the disk has {} bytes, more than the size asked for", disk.size());
+        let what = format!(
+            "the disk has {} bytes, more than the size asked for",
+            disk.size()
+        );
         return Err(Error::invalid(what).on(&source.path));
     }
     Ok(disk)
 }
 
-#[expect(clippy::too_many_arguments, reason = "one caller, and each is one fact")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one caller, and each is one fact"
+)]
 fn publish(
     root: &Root,
     work: &Work<'_>,
@@ -173,10 +203,16 @@ fn publish(
     let file = format!("../../layers/{id}/{IMAGE}");
     let guid = Guid::from_bytes(owner.into_bytes());
     let mut d = Descriptor::new_single(size / SECTOR, cluster_sectors, false, guid, file)?;
-    d.volume = Some(Volume { read_only: true, ..Volume::default() });
+    d.volume = Some(Volume {
+        read_only: true,
+        ..Volume::default()
+    });
     d.check()?;
     write_new(store, &dir.join(DESCRIPTOR), &d.to_xml())?;
-    Meta { template: Some(meta) }.write_new(store, &dir)?;
+    Meta {
+        template: Some(meta),
+    }
+    .write_new(store, &dir)?;
     store.sync_dir(&dir)?;
     // 4. COMMIT
     store.rename_new(&dir, &root.template(name))?;
@@ -226,14 +262,22 @@ pub(crate) fn open(root: &Root, name: &str) -> Result<TemplateDisk> {
         let delta = PloopDelta::open(root.store().open(&path, Access::Read)?)?;
         disk.size = delta.size();
         disk.version = delta.header().version;
-        disk.layers.push(TemplateLayer { id, guid: image.guid, image: path });
+        disk.layers.push(TemplateLayer {
+            id,
+            guid: image.guid,
+            image: path,
+        });
     }
     Ok(disk)
 }
 
 /// The source that opens a template read-only.
 pub fn source(root: &Root, name: &str) -> Source {
-    Source { path: root.template(name).join(DESCRIPTOR), descriptor: true, snapshot: None }
+    Source {
+        path: root.template(name).join(DESCRIPTOR),
+        descriptor: true,
+        snapshot: None,
+    }
 }
 
 fn layer_data(root: &Root, id: Uuid) -> Result<u64> {

@@ -31,20 +31,34 @@ pub struct Ask {
 impl std::fmt::Debug for Ask {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Range { start, end } = self.range;
-        write!(f, "command {} flags {:#x} at {start} len {}", self.kind, self.flags, end - start)
+        write!(
+            f,
+            "command {} flags {:#x} at {start} len {}",
+            self.kind,
+            self.flags,
+            end - start
+        )
     }
 }
 
 impl Ask {
     /// A request without data.
     pub fn new(kind: u16, flags: u16, range: Range<u64>) -> Ask {
-        Ask { kind, flags, range, data: Vec::new() }
+        Ask {
+            kind,
+            flags,
+            range,
+            data: Vec::new(),
+        }
     }
 
     /// A WRITE.
     pub fn write(flags: u16, at: u64, data: &[u8]) -> Ask {
         let range = at..at + data.len() as u64;
-        Ask { data: data.to_vec(), ..Ask::new(kind::WRITE, flags, range) }
+        Ask {
+            data: data.to_vec(),
+            ..Ask::new(kind::WRITE, flags, range)
+        }
     }
 
     /// Appends its bytes.
@@ -83,10 +97,18 @@ impl Reply {
         content.sort();
         let mut data = Vec::new();
         for (offset, bytes) in content {
-            assert_eq!(offset, range.start + data.len() as u64, "a gap or an overlap");
+            assert_eq!(
+                offset,
+                range.start + data.len() as u64,
+                "a gap or an overlap"
+            );
             data.extend_from_slice(&bytes);
         }
-        assert_eq!(data.len() as u64, range.end - range.start, "the answer to {range:?}");
+        assert_eq!(
+            data.len() as u64,
+            range.end - range.start,
+            "the answer to {range:?}"
+        );
         data
     }
 }
@@ -98,7 +120,11 @@ pub fn read_replies(from: &mut dyn Read, asks: &[Ask]) -> io::Result<Vec<Reply>>
     let mut partial = vec![Reply::default(); asks.len()];
     while replies.iter().any(Option::is_none) {
         let (cookie, done) = read_piece(from, asks, &mut partial)?;
-        assert!(replies[cookie].is_none(), "{:?} is answered twice", asks[cookie]);
+        assert!(
+            replies[cookie].is_none(),
+            "{:?} is answered twice",
+            asks[cookie]
+        );
         if done {
             replies[cookie] = Some(std::mem::take(&mut partial[cookie]));
         }
@@ -127,7 +153,11 @@ fn read_piece(
         return Ok((cookie, true));
     }
     let extended = head.starts_with(&nbd_server::wire::reply::EXTENDED_MAGIC.to_be_bytes());
-    let style = if extended { Style::Extended } else { Style::Structured };
+    let style = if extended {
+        Style::Extended
+    } else {
+        Style::Structured
+    };
     head.resize(Chunk::header_len(style), 0);
     from.read_exact(&mut head[Simple::LEN..])?;
     let (header, _) = Chunk::parse(&head).unwrap();
@@ -188,7 +218,12 @@ impl Client {
         socket.read_exact(&mut greeting).unwrap();
         assert_eq!(Greeting::parse(&greeting).unwrap().flags, 3);
         socket.write_all(&[0, 0, 0, 3]).unwrap();
-        Client { socket, style: Style::Simple, size: 0, flags: 0 }
+        Client {
+            socket,
+            style: Style::Simple,
+            size: 0,
+            flags: 0,
+        }
     }
 
     /// Connects and opens an export; `base:allocation` is selected where the style allows it.
@@ -249,7 +284,9 @@ impl Client {
             return Err((*kind, String::from_utf8_lossy(text).into_owned()));
         }
         // NBD_INFO_EXPORT: u16 kind, u64 size, u16 flags.
-        let info = answers.iter().find(|(k, d)| *k == answer::INFO && d[..2] == [0, 0]);
+        let info = answers
+            .iter()
+            .find(|(k, d)| *k == answer::INFO && d[..2] == [0, 0]);
         let info = &info.unwrap().1;
         self.size = u64::from_be_bytes(*info[2..].first_chunk().unwrap());
         self.flags = u16::from_be_bytes(*info[10..].first_chunk().unwrap());
@@ -273,7 +310,8 @@ impl Client {
 
     /// READ.
     pub fn read(&mut self, at: u64, len: u64) -> Vec<u8> {
-        self.ask(Ask::new(kind::READ, 0, at..at + len)).data(&(at..at + len))
+        self.ask(Ask::new(kind::READ, 0, at..at + len))
+            .data(&(at..at + len))
     }
 
     /// WRITE; must succeed.

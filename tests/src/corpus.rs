@@ -34,7 +34,10 @@ pub fn root() -> PathBuf {
 pub fn cases() -> Vec<Case> {
     let root = root();
     let list = fs::read_dir(&root).unwrap_or_else(|e| {
-        panic!("the corpus at {} is required (or set PLOOP_CORPUS): {e}", root.display())
+        panic!(
+            "the corpus at {} is required (or set PLOOP_CORPUS): {e}",
+            root.display()
+        )
     });
     let mut cases: Vec<Case> = list
         .filter_map(|entry| {
@@ -46,7 +49,11 @@ pub fn cases() -> Vec<Case> {
         })
         .collect();
     cases.sort_by(|a, b| a.name.cmp(&b.name));
-    assert!(cases.len() >= 274, "the corpus has only {} cases", cases.len());
+    assert!(
+        cases.len() >= 274,
+        "the corpus has only {} cases",
+        cases.len()
+    );
     cases
 }
 
@@ -63,7 +70,10 @@ impl Case {
 
     /// Unpacks the case into a fresh directory.
     pub fn unpack(&self) -> TempDir {
-        let tmp = tempfile::Builder::new().prefix("corpus-").tempdir().unwrap();
+        let tmp = tempfile::Builder::new()
+            .prefix("corpus-")
+            .tempdir()
+            .unwrap();
         let to = fs::canonicalize(tmp.path()).unwrap();
         for dir in self.expect["mkdirs"].as_array().into_iter().flatten() {
             fs::create_dir_all(to.join(dir.as_str().unwrap())).unwrap();
@@ -84,7 +94,9 @@ impl Case {
             return bytes;
         }
         let mut out = Vec::new();
-        flate2::read::MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut out).unwrap();
+        flate2::read::MultiGzDecoder::new(bytes.as_slice())
+            .read_to_end(&mut out)
+            .unwrap();
         out
     }
 
@@ -97,18 +109,23 @@ impl Case {
         for piece in record["pieces"].as_array().into_iter().flatten() {
             let stored = piece["stored_as"].as_str().unwrap();
             let bytes = self.stored_bytes(stored, true);
-            file.write_all_at(&bytes, piece["offset"].as_u64().unwrap()).unwrap();
+            file.write_all_at(&bytes, piece["offset"].as_u64().unwrap())
+                .unwrap();
         }
         let mut len_is_known = true;
         if let Some(stored) = record["stored_as"].as_str() {
             let mut bytes = self.stored_bytes(stored, stored != name);
             if record["substitute"].is_array() || record["substitute"].as_bool() == Some(true) {
                 let text = String::from_utf8(bytes).unwrap();
-                bytes = text.replace("@CASE_DIR@", to.to_str().unwrap()).into_bytes();
+                bytes = text
+                    .replace("@CASE_DIR@", to.to_str().unwrap())
+                    .into_bytes();
                 len_is_known = false;
             } else if !record["substitute"].is_null() {
                 let text = String::from_utf8_lossy(&bytes).into_owned();
-                bytes = text.replace("@CASE_DIR@", to.to_str().unwrap()).into_bytes();
+                bytes = text
+                    .replace("@CASE_DIR@", to.to_str().unwrap())
+                    .into_bytes();
                 len_is_known = false;
             }
             file.write_all_at(&bytes, 0).unwrap();
@@ -121,10 +138,18 @@ impl Case {
     /// The expected hashes: node (`top` or a GUID) → (sha256, sparse digest), either may be null.
     pub fn hashes(&self) -> BTreeMap<String, (Option<String>, Option<String>)> {
         let mut out: BTreeMap<String, (Option<String>, Option<String>)> = BTreeMap::new();
-        for (node, hash) in self.expect["guest_sha256"].as_object().into_iter().flatten() {
+        for (node, hash) in self.expect["guest_sha256"]
+            .as_object()
+            .into_iter()
+            .flatten()
+        {
             out.entry(node.clone()).or_default().0 = hash.as_str().map(str::to_owned);
         }
-        for (node, hash) in self.expect["guest_blocks_sha256"].as_object().into_iter().flatten() {
+        for (node, hash) in self.expect["guest_blocks_sha256"]
+            .as_object()
+            .into_iter()
+            .flatten()
+        {
             out.entry(node.clone()).or_default().1 = hash.as_str().map(str::to_owned);
         }
         out

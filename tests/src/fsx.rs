@@ -87,7 +87,11 @@ impl InProcess {
     /// A session on `device`.
     pub fn new(device: Arc<dyn Device>, style: Style, seed: u64) -> InProcess {
         let rules = Rules::over(device.as_ref(), style);
-        InProcess { engine: Engine::new(device, rules), style, cuts: Rng(seed) }
+        InProcess {
+            engine: Engine::new(device, rules),
+            style,
+            cuts: Rng(seed),
+        }
     }
 }
 
@@ -110,7 +114,10 @@ impl Link for InProcess {
         assert!(matches!(turn, Turn::NeedMore(_)), "{turn:?}");
         if used < input.len() {
             let (rest, turn) = self.engine.run(&input[used..], &mut output).unwrap();
-            assert_eq!((used + rest, turn), (input.len(), Turn::NeedMore(turn_min(self.style))));
+            assert_eq!(
+                (used + rest, turn),
+                (input.len(), Turn::NeedMore(turn_min(self.style)))
+            );
         }
         let mut rest = output.as_slice();
         let replies = read_replies(&mut rest, asks).unwrap();
@@ -149,7 +156,15 @@ impl Fsx {
     /// A model of a disk whose bytes are `model`, with clusters of `cluster` bytes.
     pub fn new(seed: u64, model: Vec<u8>, cluster: u64) -> Fsx {
         let open = vec![false; model.len()];
-        Fsx { rng: Rng(seed), seed, cluster, model, open, done: 0, last: VecDeque::new() }
+        Fsx {
+            rng: Rng(seed),
+            seed,
+            cluster,
+            model,
+            open,
+            done: 0,
+            last: VecDeque::new(),
+        }
     }
 
     /// The source of randomness, for what happens between operations.
@@ -227,15 +242,27 @@ impl Fsx {
             }
             12..=13 => Ask::new(kind::TRIM, fua, range),
             14..=16 => {
-                let no_hole = if self.rng.once_in(2) { flag::NO_HOLE } else { 0 };
-                let fast = if self.rng.once_in(3) { flag::FAST_ZERO } else { 0 };
+                let no_hole = if self.rng.once_in(2) {
+                    flag::NO_HOLE
+                } else {
+                    0
+                };
+                let fast = if self.rng.once_in(3) {
+                    flag::FAST_ZERO
+                } else {
+                    0
+                };
                 Ask::new(kind::WRITE_ZEROES, fua | no_hole | fast, range)
             }
             17 if self.rng.once_in(2) => Ask::new(kind::FLUSH, 0, 0..0),
             17 => Ask::new(kind::CACHE, 0, range),
             _ if style == Style::Simple => Ask::new(kind::READ, 0, range),
             _ => {
-                let one = if self.rng.once_in(2) { flag::REQ_ONE } else { 0 };
+                let one = if self.rng.once_in(2) {
+                    flag::REQ_ONE
+                } else {
+                    0
+                };
                 Ask::new(kind::BLOCK_STATUS, one, range)
             }
         }
@@ -244,7 +271,10 @@ impl Fsx {
     fn write(&mut self, range: Range<u64>, flags: u16) -> Ask {
         let mut data = vec![0; (range.end - range.start) as usize];
         self.rng.fill(&mut data);
-        Ask { data, ..Ask::new(kind::WRITE, flags, range) }
+        Ask {
+            data,
+            ..Ask::new(kind::WRITE, flags, range)
+        }
     }
 
     /// A request that ends past the end.
@@ -263,7 +293,11 @@ impl Fsx {
     fn judge(&mut self, ask: &Ask, reply: &Reply) {
         if ask.range.end > self.model.len() as u64 {
             let extends = matches!(ask.kind, kind::WRITE | kind::WRITE_ZEROES);
-            let expect = if extends { errno::ENOSPC } else { errno::EINVAL };
+            let expect = if extends {
+                errno::ENOSPC
+            } else {
+                errno::EINVAL
+            };
             assert_eq!(reply.error, expect, "{ask:?} past the end");
             return;
         }
@@ -296,7 +330,11 @@ impl Fsx {
             for (i, &byte) in range.clone().zip(got) {
                 let right = byte == self.model[i] || (self.open[i] && byte == 0);
                 let want = self.model[i];
-                assert!(right, "byte {i} is {byte:#x}, was {want:#x} (open {})", self.open[i]);
+                assert!(
+                    right,
+                    "byte {i} is {byte:#x}, was {want:#x} (open {})",
+                    self.open[i]
+                );
                 self.model[i] = byte;
             }
         }
@@ -312,7 +350,10 @@ impl Fsx {
         } else {
             assert_eq!(total, length, "a small range is described whole");
         }
-        assert!(extents.windows(2).all(|w| w[0].flags != w[1].flags), "{extents:?}");
+        assert!(
+            extents.windows(2).all(|w| w[0].flags != w[1].flags),
+            "{extents:?}"
+        );
         let mut at = ask.range.start as usize;
         for e in extents {
             let range = at..at + e.len as usize;
@@ -327,7 +368,10 @@ impl Fsx {
 impl Drop for Fsx {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            println!("PLOOP_SEED={} repeats this run; its last operations:", self.seed);
+            println!(
+                "PLOOP_SEED={} repeats this run; its last operations:",
+                self.seed
+            );
             self.last.iter().for_each(|op| println!("  {op}"));
         }
     }

@@ -1,6 +1,9 @@
 //! What the end-to-end tests share: the corpus, tools, hashes.
 
-#![allow(clippy::unwrap_used, reason = "in tests a panic with a line number is the report")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a panic with a line number is the report"
+)]
 
 pub mod client;
 pub mod corpus;

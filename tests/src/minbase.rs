@@ -28,7 +28,13 @@ pub fn tar() -> PathBuf {
 /// Unpacks the archive as root does, with everything that is in it.
 pub fn unpack(tar: &Path, to: &Path) {
     let mut command = tool("tar");
-    command.args(["--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner", "-xpf"]);
+    command.args([
+        "--xattrs",
+        "--xattrs-include=*",
+        "--acls",
+        "--numeric-owner",
+        "-xpf",
+    ]);
     run(command.arg(tar).arg("-C").arg(to));
 }
 
@@ -37,7 +43,10 @@ fn make(tar: &Path) {
         "no `deb` line with the component main in /etc/apt/sources.list.d/debian.sources or \
          /etc/apt/sources.list: debootstrap needs a mirror",
     );
-    let dir = tempfile::Builder::new().prefix("ploop-minbase-").tempdir().unwrap();
+    let dir = tempfile::Builder::new()
+        .prefix("ploop-minbase-")
+        .tempdir()
+        .unwrap();
     let tree = dir.path().join("root");
     let mut command = tool("debootstrap");
     command.arg("--variant=minbase");
@@ -47,7 +56,13 @@ fn make(tar: &Path) {
     run(command.arg(&mirror.suite).arg(&tree).arg(&mirror.uri));
     let partial = tar.with_extension("partial");
     let mut command = tool("tar");
-    command.args(["--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner", "-cpf"]);
+    command.args([
+        "--xattrs",
+        "--xattrs-include=*",
+        "--acls",
+        "--numeric-owner",
+        "-cpf",
+    ]);
     run(command.arg(&partial).arg("-C").arg(&tree).arg("."));
     fs::rename(partial, tar).unwrap();
 }
@@ -70,13 +85,17 @@ fn deb822(text: &str) -> Option<Mirror> {
     text.split("\n\n").find_map(|stanza| {
         let field = |name: &str| {
             let mut lines = stanza.lines().filter(|l| !l.starts_with('#'));
-            lines.find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+            lines
+                .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))
+                .map(str::trim)
         };
         let has = |name: &str, word| field(name).is_some_and(|v| v.split(' ').any(|w| w == word));
         let mirror = Mirror {
             uri: field("URIs")?.split(' ').next()?.to_owned(),
             suite: field("Suites")?.split(' ').next()?.to_owned(),
-            keyring: field("Signed-By").filter(|k| k.starts_with('/')).map(str::to_owned),
+            keyring: field("Signed-By")
+                .filter(|k| k.starts_with('/'))
+                .map(str::to_owned),
         };
         (has("Types", "deb") && has("Components", "main")).then_some(mirror)
     })
@@ -91,7 +110,11 @@ fn one_line(text: &str) -> Option<Mirror> {
         }
         let mut words = rest.split_whitespace();
         let (uri, suite) = (words.next()?.to_owned(), words.next()?.to_owned());
-        words.any(|w| w == "main").then_some(Mirror { uri, suite, keyring: None })
+        words.any(|w| w == "main").then_some(Mirror {
+            uri,
+            suite,
+            keyring: None,
+        })
     })
 }
 
@@ -104,11 +127,25 @@ mod tests {
         let new = "# c\nTypes: deb deb-src\nURIs: file:/a\nSuites: x x-updates\n\
                    Components: main contrib\nSigned-By: /k.gpg\n\nTypes: deb\n";
         let uri = "file:/a".to_owned();
-        let want = Mirror { uri, suite: "x".into(), keyring: Some("/k.gpg".into()) };
+        let want = Mirror {
+            uri,
+            suite: "x".into(),
+            keyring: Some("/k.gpg".into()),
+        };
         assert_eq!(deb822(new), Some(want));
-        assert_eq!(deb822("Types: deb-src\nURIs: u\nSuites: s\nComponents: main\n"), None);
+        assert_eq!(
+            deb822("Types: deb-src\nURIs: u\nSuites: s\nComponents: main\n"),
+            None
+        );
         let old = "# deb file:/b y main\ndeb [arch=a] file:/a x main contrib\n";
         let uri = "file:/a".to_owned();
-        assert_eq!(one_line(old), Some(Mirror { uri, suite: "x".into(), keyring: None }));
+        assert_eq!(
+            one_line(old),
+            Some(Mirror {
+                uri,
+                suite: "x".into(),
+                keyring: None
+            })
+        );
     }
 }

@@ -14,7 +14,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Fails the test for anybody but root: mounting needs it.
 pub fn need_root() {
-    assert!(rustix::process::geteuid().is_root(), "this test mounts filesystems: run it as root");
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test mounts filesystems: run it as root"
+    );
 }
 
 /// Tries until `done`, or panics with `what`.
@@ -56,11 +59,23 @@ impl NbdFile {
     /// Attaches the export at `uri`.
     pub fn attach(uri: &str) -> NbdFile {
         need_root();
-        let dir = tempfile::Builder::new().prefix("ploop-nbd-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("ploop-nbd-")
+            .tempdir()
+            .unwrap();
         let file = dir.path().join("disk");
         fs::write(&file, "").unwrap();
-        let fuse = tool("nbdfuse").arg(&file).arg(uri).stdin(Stdio::null()).spawn().unwrap();
-        let mut attached = NbdFile { fuse, file, _dir: dir };
+        let fuse = tool("nbdfuse")
+            .arg(&file)
+            .arg(uri)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut attached = NbdFile {
+            fuse,
+            file,
+            _dir: dir,
+        };
         wait_for("nbdfuse", || {
             let ended = attached.fuse.try_wait().unwrap();
             assert!(ended.is_none(), "nbdfuse {uri}: {ended:?}");
@@ -96,7 +111,9 @@ impl Drop for NbdFile {
 
 /// Checks the ext4 at byte `offset` of an image or device that nobody has mounted.
 pub fn e2fsck(image: &Path, offset: u64) {
-    run(tool("e2fsck").arg("-fn").arg(format!("{}?offset={offset}", image.display())));
+    run(tool("e2fsck")
+        .arg("-fn")
+        .arg(format!("{}?offset={offset}", image.display())));
 }
 
 /// A mounted filesystem.
@@ -120,7 +137,10 @@ impl Mounted {
     }
 
     fn run(command: &mut Command) -> Mounted {
-        let dir = tempfile::Builder::new().prefix("ploop-mnt-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("ploop-mnt-")
+            .tempdir()
+            .unwrap();
         run(command.arg(dir.path()));
         Mounted { dir }
     }

@@ -19,7 +19,10 @@ pub struct Bare {
 impl Bare {
     /// Makes one of `size`; `args` may add `-f` and `-b`.
     pub fn new(size: &str, args: &[&str]) -> Bare {
-        let dir = tempfile::Builder::new().prefix("ploop-bare-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("ploop-bare-")
+            .tempdir()
+            .unwrap();
         let image = dir.path().join("root.hds");
         run(ploop().args(["init", "-s", size]).args(args).arg(&image));
         Bare { dir, image }
@@ -37,7 +40,10 @@ impl Bare {
 
     /// Serves the image, with further arguments of `ploop serve`.
     pub fn serve(&self, args: &[&str]) -> Server {
-        Server::start(ploop().arg("serve").arg(&self.image).args(args), self.dir.path())
+        Server::start(
+            ploop().arg("serve").arg(&self.image).args(args),
+            self.dir.path(),
+        )
     }
 
     /// `in_use` of the header, as it is in the file.
@@ -68,11 +74,19 @@ impl Listening {
     /// Starts `command` and waits until it listens in `places` places.
     pub fn start(command: &mut Command, places: usize) -> Listening {
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut listening = Listening { child: command.spawn().unwrap(), on: Vec::new() };
+        let mut listening = Listening {
+            child: command.spawn().unwrap(),
+            on: Vec::new(),
+        };
         let mut lines = BufReader::new(listening.child.stdout.take().unwrap()).lines();
         while listening.on.len() < places {
-            let line = lines.next().unwrap_or_else(|| panic!("{command:?} did not start")).unwrap();
-            let place = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("{line}"));
+            let line = lines
+                .next()
+                .unwrap_or_else(|| panic!("{command:?} did not start"))
+                .unwrap();
+            let place = line
+                .strip_prefix("listening on ")
+                .unwrap_or_else(|| panic!("{line}"));
             listening.on.push(place.to_owned());
         }
         listening
@@ -96,7 +110,10 @@ impl Drop for Listening {
 
 /// Sends SIGTERM to a child of this test.
 pub fn terminate(pid: u32) {
-    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).unwrap();
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
 }
 
@@ -128,7 +145,10 @@ pub fn nbd_python(script: &str, args: &[&str]) -> String {
     // nbdsh and the module come in one package: when it is missing, this says so.
     tool("nbdsh");
     let script = format!("{PRELUDE}\n{script}");
-    stdout(&run(Command::new("/usr/bin/python3").arg("-c").arg(script).args(args)))
+    stdout(&run(Command::new("/usr/bin/python3")
+        .arg("-c")
+        .arg(script)
+        .args(args)))
 }
 
 const PRELUDE: &str = r"
@@ -171,7 +191,10 @@ pub fn qemu_check(image: &Path) {
 
 /// `qemu-img compare` of two images; panics unless they hold the same bytes.
 pub fn qemu_compare(format: &str, image: &Path, raw: &Path) {
-    let said = out("qemu-img", &["compare", "-f", format, "-F", "raw", text(image), text(raw)]);
+    let said = out(
+        "qemu-img",
+        &["compare", "-f", format, "-F", "raw", text(image), text(raw)],
+    );
     assert!(said.contains("identical"), "{said}");
 }
 
@@ -179,31 +202,63 @@ pub fn qemu_compare(format: &str, image: &Path, raw: &Path) {
 /// image, on the bytes of the file.
 pub fn assert_acceptable(image: &Path, v1: bool) {
     let file = std::fs::read(image).unwrap();
-    let signature: &[u8] = if v1 { b"WithoutFreeSpace" } else { b"WithouFreSpacExt" };
+    let signature: &[u8] = if v1 {
+        b"WithoutFreeSpace"
+    } else {
+        b"WithouFreSpacExt"
+    };
     assert_eq!(&file[..16], signature, "signature");
     assert_eq!(u32_at(&file, 16), 2, "type");
     let sectors = u32_at(&file, 28);
-    assert!(sectors.is_power_of_two() && (64..=131_072).contains(&sectors), "cluster {sectors}");
+    assert!(
+        sectors.is_power_of_two() && (64..=131_072).contains(&sectors),
+        "cluster {sectors}"
+    );
     let cluster = sectors as usize * 512;
     let entries = u32_at(&file, 32) as usize;
     let size = u64::from(u32_at(&file, 36)) | u64::from(u32_at(&file, 40)) << 32;
     assert!(!v1 || u32_at(&file, 40) == 0, "v1 sizes have 32 bits");
-    assert_eq!(size, entries as u64 * u64::from(sectors), "size = entries × cluster");
+    assert_eq!(
+        size,
+        entries as u64 * u64::from(sectors),
+        "size = entries × cluster"
+    );
     assert_eq!(u32_at(&file, 44), 0, "in_use of a closed image");
     let bat_clusters = (64 + 4 * entries).div_ceil(cluster);
-    assert_eq!(u32_at(&file, 48) as usize * 512, bat_clusters * cluster, "data_off is minimal");
+    assert_eq!(
+        u32_at(&file, 48) as usize * 512,
+        bat_clusters * cluster,
+        "data_off is minimal"
+    );
     assert!(u32_at(&file, 52) <= 1, "flags");
     assert_eq!(file[56..64], [0; 8], "no extension");
-    assert!(file[64 + 4 * entries..bat_clusters * cluster].iter().all(|b| *b == 0), "spare slots");
-    assert!(file.len() % cluster == 0 && file.len() >= bat_clusters * cluster, "length");
+    assert!(
+        file[64 + 4 * entries..bat_clusters * cluster]
+            .iter()
+            .all(|b| *b == 0),
+        "spare slots"
+    );
+    assert!(
+        file.len() % cluster == 0 && file.len() >= bat_clusters * cluster,
+        "length"
+    );
     let unit = if v1 { 512 } else { cluster };
     let mut named = std::collections::BTreeSet::new();
     for slot in 0..entries {
         let offset = u32_at(&file, 64 + 4 * slot) as usize * unit;
         if offset != 0 {
-            assert!(offset % cluster == 0 && offset >= bat_clusters * cluster, "entry {slot}");
-            assert!(offset + cluster <= file.len(), "entry {slot} ends past the end of the file");
-            assert!(named.insert(offset), "entry {slot} names a cluster that another one names");
+            assert!(
+                offset % cluster == 0 && offset >= bat_clusters * cluster,
+                "entry {slot}"
+            );
+            assert!(
+                offset + cluster <= file.len(),
+                "entry {slot} ends past the end of the file"
+            );
+            assert!(
+                named.insert(offset),
+                "entry {slot} names a cluster that another one names"
+            );
         }
     }
 }

@@ -38,20 +38,33 @@ impl Default for Rig {
 impl Rig {
     /// For whoever runs the test. The store is made by the first import.
     pub fn new() -> Rig {
-        let dir = tempfile::Builder::new().prefix("ploop-rig-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("ploop-rig-")
+            .tempdir()
+            .unwrap();
         let root = dir.path().join("store");
-        Rig { dir, root, nobody: false }
+        Rig {
+            dir,
+            root,
+            nobody: false,
+        }
     }
 
     /// The same with its store in another place.
     pub fn with_root(self, root: &Path) -> Rig {
-        Rig { root: root.to_path_buf(), ..self }
+        Rig {
+            root: root.to_path_buf(),
+            ..self
+        }
     }
 
     /// For nobody, who has the directory to himself. Needs root.
     pub fn of_nobody() -> Rig {
         crate::mount::need_root();
-        let rig = Rig { nobody: true, ..Rig::new() };
+        let rig = Rig {
+            nobody: true,
+            ..Rig::new()
+        };
         std::os::unix::fs::chown(rig.dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
         // The build directory may be closed to him.
         fs::copy(ploop_path(), rig.path("ploop")).unwrap();
@@ -86,7 +99,9 @@ impl Rig {
                 command
             }
         };
-        command.env("PLOOP_ROOT", &self.root).current_dir(self.dir.path());
+        command
+            .env("PLOOP_ROOT", &self.root)
+            .current_dir(self.dir.path());
         command
     }
 
@@ -148,7 +163,9 @@ impl Rig {
     /// SHA-256 of a container's content, or of any other source's.
     pub fn content(&self, source: &str) -> String {
         let mut command = self.ploop();
-        command.args(["convert", source, "-", "--to", "raw"]).stdout(Stdio::piped());
+        command
+            .args(["convert", source, "-", "--to", "raw"])
+            .stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let digest = reader_digest(child.stdout.as_mut().unwrap());
         let status = child.wait().unwrap();
@@ -221,10 +238,17 @@ pub fn expect_refusal(command: &mut Command, code: i32, says: &[&str]) -> String
 
 fn check_refusal(command: &str, out: &Output, code: i32, says: &[&str]) -> String {
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    let all = format!("{command}: {}\n{}{text}", out.status, String::from_utf8_lossy(&out.stdout));
+    let all = format!(
+        "{command}: {}\n{}{text}",
+        out.status,
+        String::from_utf8_lossy(&out.stdout)
+    );
     assert_eq!(out.status.code(), Some(code), "{all}");
     assert!(!text.contains("panicked"), "{all}");
-    assert!(text.starts_with("ploop: ") || text.starts_with("error: "), "{all}");
+    assert!(
+        text.starts_with("ploop: ") || text.starts_with("error: "),
+        "{all}"
+    );
     for word in says {
         assert!(text.contains(word), "{word:?} is not in: {all}");
     }
@@ -243,16 +267,34 @@ pub struct Server {
 impl Server {
     /// Starts `command` (a `serve` without a place to listen) on a socket of its own in `room`.
     pub fn start(command: &mut Command, room: &Path) -> Server {
-        let dir = tempfile::Builder::new().prefix("s").tempdir_in(room).unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("s")
+            .tempdir_in(room)
+            .unwrap();
         let meta = fs::metadata(room).unwrap();
         std::os::unix::fs::chown(dir.path(), Some(meta.uid()), Some(meta.gid())).unwrap();
         let (socket, log) = (dir.path().join("nbd"), dir.path().join("log"));
-        command.arg("--socket").arg(&socket).stdin(Stdio::null()).stdout(Stdio::piped());
+        command
+            .arg("--socket")
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         command.stderr(File::create(&log).unwrap());
-        let mut server = Server { child: command.spawn().unwrap(), socket, log, _dir: dir };
+        let mut server = Server {
+            child: command.spawn().unwrap(),
+            socket,
+            log,
+            _dir: dir,
+        };
         let mut line = String::new();
-        BufReader::new(server.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.starts_with("listening on "), "{command:?}: {line:?} {}", server.log());
+        BufReader::new(server.child.stdout.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert!(
+            line.starts_with("listening on "),
+            "{command:?}: {line:?} {}",
+            server.log()
+        );
         server
     }
 
@@ -285,7 +327,11 @@ impl Server {
             ended = self.child.try_wait().unwrap();
             ended.is_some()
         });
-        assert!(ended.unwrap().success(), "the server ended: {ended:?}\n{}", self.log());
+        assert!(
+            ended.unwrap().success(),
+            "the server ended: {ended:?}\n{}",
+            self.log()
+        );
     }
 }
 

@@ -29,7 +29,10 @@ const PACKAGES: &[(&str, &str)] = &[
 /// A command for a required tool. Panics with the line that installs it when it is missing.
 pub fn tool(name: &str) -> Command {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let found = path.split(':').map(|d| std::path::Path::new(d).join(name)).find(|p| p.exists());
+    let found = path
+        .split(':')
+        .map(|d| std::path::Path::new(d).join(name))
+        .find(|p| p.exists());
     let Some(found) = found else {
         let package = PACKAGES.iter().find(|p| p.0 == name).map_or(name, |p| p.1);
         panic!("{name} is required: apt-get install {package}");
@@ -41,7 +44,9 @@ pub fn tool(name: &str) -> Command {
 
 /// Runs a command; panics with everything it printed unless it exits 0.
 pub fn run(command: &mut Command) -> Output {
-    let out = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let out = command
+        .output()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert!(
         out.status.success(),
         "{command:?}: {}\n{}{}",
@@ -56,7 +61,10 @@ pub fn run(command: &mut Command) -> Output {
 /// Built at the first call of a process, so it is never older than the sources.
 pub fn ploop() -> Command {
     let mut command = Command::new(ploop_path());
-    command.env("LC_ALL", "C").env_remove("PLOOP_ROOT").env_remove("RUST_LOG");
+    command
+        .env("LC_ALL", "C")
+        .env_remove("PLOOP_ROOT")
+        .env_remove("RUST_LOG");
     command
 }
 
@@ -75,11 +83,22 @@ fn build_ploop() -> PathBuf {
         other => other,
     };
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "-p", "ploop-cli", "--profile", profile_name]);
-    cargo.args(["--message-format", "json", "--target-dir"]).arg(profile.parent().unwrap());
+    cargo.args([
+        "build",
+        "--quiet",
+        "-p",
+        "ploop-cli",
+        "--profile",
+        profile_name,
+    ]);
+    cargo
+        .args(["--message-format", "json", "--target-dir"])
+        .arg(profile.parent().unwrap());
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
     let out = run(&mut cargo).stdout;
-    let messages = out.split(|&b| b == b'\n').filter_map(|l| serde_json::from_slice(l).ok());
+    let messages = out
+        .split(|&b| b == b'\n')
+        .filter_map(|l| serde_json::from_slice(l).ok());
     let path = messages
         .filter(|m: &Value| m["target"]["name"] == "ploop")
         .find_map(|m| Some(PathBuf::from(m["executable"].as_str()?)));

@@ -73,7 +73,11 @@ pub fn assert_same(got: &Tree, want: &Tree, what: &str) {
     names.retain(|n| got.get(*n) != want.get(*n));
     let show = |n: &&PathBuf| format!("{n:?}\n  got  {:?}\n  want {:?}", got.get(*n), want.get(*n));
     let shown: Vec<_> = names.iter().take(8).map(show).collect();
-    panic!("{what}: {} entries differ:\n{}", names.len(), shown.join("\n"));
+    panic!(
+        "{what}: {} entries differ:\n{}",
+        names.len(),
+        shown.join("\n")
+    );
 }
 
 fn describe(path: &Path, meta: &Metadata) -> String {
@@ -133,7 +137,10 @@ fn xattrs(path: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut out = BTreeMap::new();
     for name in list[..len].split(|&b| b == 0).filter(|n| !n.is_empty()) {
         let len = rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value[..]).unwrap();
-        out.insert(String::from_utf8_lossy(name).into_owned(), value[..len].to_vec());
+        out.insert(
+            String::from_utf8_lossy(name).into_owned(),
+            value[..len].to_vec(),
+        );
     }
     out
 }

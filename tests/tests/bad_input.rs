@@ -26,10 +26,25 @@ fn refused(rig: &Rig, code: i32, args: &[&str], says: &[&str]) {
 
 /// The same for the beginnings of commands that would make something of `source`.
 fn no_use(rig: &Rig, code: i32, source: &str, says: &[&str]) {
-    refused(rig, code, &["convert", source, "out.raw", "--to", "raw"], says);
-    refused(rig, code, &["convert", source, "out.qcow2", "--to", "qcow2"], says);
+    refused(
+        rig,
+        code,
+        &["convert", source, "out.raw", "--to", "raw"],
+        says,
+    );
+    refused(
+        rig,
+        code,
+        &["convert", source, "out.qcow2", "--to", "qcow2"],
+        says,
+    );
     refused(rig, code, &["template", "import", "new", source], says);
-    refused(rig, code, &["serve", source, "--socket", "sock", "--read-only"], says);
+    refused(
+        rig,
+        code,
+        &["serve", source, "--socket", "sock", "--read-only"],
+        says,
+    );
 }
 
 #[test]
@@ -37,7 +52,9 @@ fn names_that_are_wrong_taken_or_missing() {
     let rig = Rig::new();
     rig.small_template("mini", &["a"]);
     let long = "x".repeat(129);
-    for name in ["", ".", "..", "../x", "a/b", "/etc", ".x", "a@b", "a b", "a\nb", "ä", &long] {
+    for name in [
+        "", ".", "..", "../x", "a/b", "/etc", ".x", "a@b", "a b", "a\nb", "ä", &long,
+    ] {
         let quoted = format!("the name {name:?} ");
         let says = [quoted.as_str()];
         refused(&rig, 2, &["create", name, "--template", "mini"], &says);
@@ -51,17 +68,54 @@ fn names_that_are_wrong_taken_or_missing() {
     refused(&rig, 3, &["create", "b", "--template", "nope"], &missing);
     refused(&rig, 3, &["template", "rm", "nope"], &missing);
     refused(&rig, 3, &["template", "info", "nope"], &missing);
-    refused(&rig, 3, &["rm", "nope"], &["containers/nope", "no container nope", "ploop list"]);
-    refused(&rig, 3, &["info", "nope"], &["nope", "no such image", "ploop list"]);
-    refused(&rig, 3, &["info", "rootfs"], &["rootfs", "no DiskDescriptor.xml"]);
-    refused(&rig, 3, &["template", "import", "b", "nope.tar"], &["nope.tar", "No such file"]);
-    refused(&rig, 3, &["template", "import", "b", "nope"], &["nope: no such image"]);
-    let there = ["containers/a", "there is a container a already", "ploop rm a"];
+    refused(
+        &rig,
+        3,
+        &["rm", "nope"],
+        &["containers/nope", "no container nope", "ploop list"],
+    );
+    refused(
+        &rig,
+        3,
+        &["info", "nope"],
+        &["nope", "no such image", "ploop list"],
+    );
+    refused(
+        &rig,
+        3,
+        &["info", "rootfs"],
+        &["rootfs", "no DiskDescriptor.xml"],
+    );
+    refused(
+        &rig,
+        3,
+        &["template", "import", "b", "nope.tar"],
+        &["nope.tar", "No such file"],
+    );
+    refused(
+        &rig,
+        3,
+        &["template", "import", "b", "nope"],
+        &["nope: no such image"],
+    );
+    let there = [
+        "containers/a",
+        "there is a container a already",
+        "ploop rm a",
+    ];
     refused(&rig, 4, &["create", "a", "--template", "mini"], &there);
-    let there = ["templates/mini", "there is a template mini already", "ploop template rm mini"];
+    let there = [
+        "templates/mini",
+        "there is a template mini already",
+        "ploop template rm mini",
+    ];
     refused(&rig, 4, &["template", "import", "mini", "rootfs"], &there);
     // Of several, what was there before the wrong one is done, and nothing after it.
-    rig.refused(4, ["create", "b", "a", "c", "--template", "mini"], &["containers/a"]);
+    rig.refused(
+        4,
+        ["create", "b", "a", "c", "--template", "mini"],
+        &["containers/a"],
+    );
     let names: Vec<_> = rig.listing().into_keys().collect();
     assert!(names.contains(&"containers/b".into()) && !names.contains(&"containers/c".into()));
 }
@@ -70,12 +124,21 @@ fn names_that_are_wrong_taken_or_missing() {
 fn no_store_and_no_permission_for_it() {
     let none = Rig::new();
     let says = ["there is no store here", "ploop template import", "--root"];
-    for args in [&["list"][..], &["rm", "a"], &["create", "a", "--template", "b"]] {
+    for args in [
+        &["list"][..],
+        &["rm", "a"],
+        &["create", "a", "--template", "b"],
+    ] {
         none.refused(3, args, &says);
     }
     assert!(!none.root().exists());
     fs::create_dir(none.root()).unwrap();
-    refused(&none, 3, &["list"], &["this is no store", "ploop template import", "--root"]);
+    refused(
+        &none,
+        3,
+        &["list"],
+        &["this is no store", "ploop template import", "--root"],
+    );
 
     let owner = Rig::new();
     owner.small_template("mini", &["a"]);
@@ -124,11 +187,21 @@ fn sources_that_cannot_be_read_and_targets_that_cannot_be_written() {
     }
     for source in ["closed.tar", "shut", "shut/dir", "rootfs"] {
         let name = if source == "rootfs" { "shadow" } else { source };
-        refused(&rig, 9, &["template", "import", "new", source], &[name, says[0], says[1]]);
+        refused(
+            &rig,
+            9,
+            &["template", "import", "new", source],
+            &[name, says[0], says[1]],
+        );
     }
     for target in ["shut/new", "/new"] {
         let says = [target, says[0], says[1]];
-        refused(&rig, 9, &["convert", "good.hds", target, "--to", "qcow2"], &says);
+        refused(
+            &rig,
+            9,
+            &["convert", "good.hds", target, "--to", "qcow2"],
+            &says,
+        );
         refused(&rig, 9, &["init", "-s", "1M", target], &says);
     }
 }
@@ -144,11 +217,26 @@ fn targets_that_are_there() {
             let says = [target, "already", "Choose another name"];
             refused(&rig, 4, &["convert", "a", target, "--to", to], &says);
         }
-        refused(&rig, 3, &["convert", "a", "nodir/new", "--to", to], &["nodir", "No such file"]);
+        refused(
+            &rig,
+            3,
+            &["convert", "a", "nodir/new", "--to", to],
+            &["nodir", "No such file"],
+        );
     }
     rig.run(["init", "-s", "1M", "disk.hds"]);
-    refused(&rig, 4, &["init", "-s", "1M", "other.hds"], &["DiskDescriptor.xml", "already"]);
-    refused(&rig, 4, &["serve", "a", "--socket", "file"], &["file", "not a socket", "Remove it"]);
+    refused(
+        &rig,
+        4,
+        &["init", "-s", "1M", "other.hds"],
+        &["DiskDescriptor.xml", "already"],
+    );
+    refused(
+        &rig,
+        4,
+        &["serve", "a", "--socket", "file"],
+        &["file", "not a socket", "Remove it"],
+    );
 }
 
 #[test]
@@ -157,7 +245,12 @@ fn places_to_listen_that_are_taken_or_unwise() {
     rig.small_template("mini", &["a", "b"]);
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    refused(&rig, 5, &["serve", "a", "--listen", &address], &[&address, "in use"]);
+    refused(
+        &rig,
+        5,
+        &["serve", "a", "--listen", &address],
+        &[&address, "in use"],
+    );
     let server = rig.serve(["b"]);
     let socket = server.socket().to_str().unwrap().to_owned();
     let says = [socket.as_str(), "live server", "use another path"];
@@ -166,10 +259,25 @@ fn places_to_listen_that_are_taken_or_unwise() {
     server.stop();
     let unwise = ["0.0.0.0:0", "no encryption", "--insecure-listen"];
     refused(&rig, 9, &["serve", "a", "--listen", "0.0.0.0:0"], &unwise);
-    refused(&rig, 2, &["serve", "a", "--listen", "nonsense"], &["nonsense", "HOST:PORT"]);
+    refused(
+        &rig,
+        2,
+        &["serve", "a", "--listen", "nonsense"],
+        &["nonsense", "HOST:PORT"],
+    );
     let long = "x".repeat(200);
-    refused(&rig, 2, &["serve", "a", "--socket", &long], &["107", "shorter path"]);
-    refused(&rig, 3, &["serve", "a", "--socket", "nodir/sock"], &["nodir", "No such file"]);
+    refused(
+        &rig,
+        2,
+        &["serve", "a", "--socket", &long],
+        &["107", "shorter path"],
+    );
+    refused(
+        &rig,
+        3,
+        &["serve", "a", "--socket", "nodir/sock"],
+        &["nodir", "No such file"],
+    );
     refused(&rig, 2, &["serve", "a"], &["--socket"]);
     refused(&rig, 2, &["serve", "a", "--activation"], &["systemd"]);
 }
@@ -189,7 +297,9 @@ fn finds_damage(rig: &Rig, source: &str) {
 fn images_that_are_none() {
     let rig = Rig::new();
     rig.small_template("mini", &["a"]);
-    let noise: Vec<u8> = (0..1u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let noise: Vec<u8> = (0..1u32 << 20)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
     fs::write(rig.path("garbage"), &noise).unwrap();
     fs::write(rig.path("empty"), "").unwrap();
     let says = ["neither the signature", "--from raw"];
@@ -198,18 +308,36 @@ fn images_that_are_none() {
         finds_damage(&rig, source);
     }
     for format in ["ploop", "qcow2"] {
-        let args = ["convert", "garbage", "out.raw", "--to", "raw", "--from", format];
+        let args = [
+            "convert", "garbage", "out.raw", "--to", "raw", "--from", format,
+        ];
         refused(&rig, 6, &args, &["garbage", "offset 0x0"]);
     }
     // Images that end too early, at every border of their parts.
-    rig.run(["convert", "garbage", "good.hds", "--from", "raw", "--to", "ploop"]);
-    rig.run(["convert", "garbage", "good.qcow2", "--from", "raw", "--to", "qcow2"]);
-    for (source, lens) in
-        [("good.hds", [16, 63, 64 + 16, 70_000, 600_000]), ("good.qcow2", [16, 71, 600, 70_000, 600_000])]
-    {
+    rig.run([
+        "convert", "garbage", "good.hds", "--from", "raw", "--to", "ploop",
+    ]);
+    rig.run([
+        "convert",
+        "garbage",
+        "good.qcow2",
+        "--from",
+        "raw",
+        "--to",
+        "qcow2",
+    ]);
+    for (source, lens) in [
+        ("good.hds", [16, 63, 64 + 16, 70_000, 600_000]),
+        ("good.qcow2", [16, 71, 600, 70_000, 600_000]),
+    ] {
         for len in lens {
             fs::copy(rig.path(source), rig.path("cut")).unwrap();
-            File::options().write(true).open(rig.path("cut")).unwrap().set_len(len).unwrap();
+            File::options()
+                .write(true)
+                .open(rig.path("cut"))
+                .unwrap()
+                .set_len(len)
+                .unwrap();
             no_use(&rig, 6, "cut", &["cut: offset "]);
         }
     }
@@ -218,11 +346,18 @@ fn images_that_are_none() {
     let back = rig.arg("back.qcow2");
     let backing = rig.root().join("lock");
     let mut command = tool("qemu-img");
-    command.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(backing);
+    command
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(backing);
     run(command.args([&back, "1M"]));
     let says = ["back.qcow2", "backing file", "ploop convert"];
     refused(&rig, 9, &["template", "import", "new", "back.qcow2"], &says);
-    refused(&rig, 9, &["convert", "back.qcow2", "o", "--to", "raw"], &["lock", "--allow-dir"]);
+    refused(
+        &rig,
+        9,
+        &["convert", "back.qcow2", "o", "--to", "raw"],
+        &["lock", "--allow-dir"],
+    );
 }
 
 #[test]
@@ -238,30 +373,64 @@ fn descriptors_that_are_hostile() {
         fs::write(&xml, text).unwrap();
         no_use(&rig, code, "bad", says);
         refused(&rig, code, &["info", "bad"], says);
-        refused(&rig, code, &["snapshot-list", "bad"], &["DiskDescriptor.xml"]);
+        refused(
+            &rig,
+            code,
+            &["snapshot-list", "bad"],
+            &["DiskDescriptor.xml"],
+        );
     };
     let body = &good[good.find("<Virtuozzo").unwrap()..];
-    let laughs: String = (1..20).map(|i| format!("<!ENTITY l{i} \"&l{};&l{};\">", i - 1, i - 1)).collect();
+    let laughs: String = (1..20)
+        .map(|i| format!("<!ENTITY l{i} \"&l{};&l{};\">", i - 1, i - 1))
+        .collect();
     for entity in ["<!ENTITY x SYSTEM \"file:///etc/passwd\">", &laughs, ""] {
         let text = format!("<?xml version=\"1.0\"?>\n<!DOCTYPE a [{entity}]>\n{body}");
-        case(text.as_bytes(), 6, &["bad/DiskDescriptor.xml", "DOCTYPE", "Remove the DOCTYPE"]);
+        case(
+            text.as_bytes(),
+            6,
+            &["bad/DiskDescriptor.xml", "DOCTYPE", "Remove the DOCTYPE"],
+        );
     }
     case(b"", 6, &["bad/DiskDescriptor.xml"]);
     case(b"\0\xFFgarbage<<<", 6, &["bad/DiskDescriptor.xml"]);
-    case(&good.as_bytes()[..good.len() / 2], 6, &["bad/DiskDescriptor.xml"]);
+    case(
+        &good.as_bytes()[..good.len() / 2],
+        6,
+        &["bad/DiskDescriptor.xml"],
+    );
     let deep = "<a>".repeat(200_000);
     case(deep.as_bytes(), 6, &["bad/DiskDescriptor.xml"]);
     // Larger than any descriptor, and nothing in it.
     fs::write(&xml, "").unwrap();
-    File::options().write(true).open(&xml).unwrap().set_len(1 << 30).unwrap();
-    rig.refused(6, ["info", "bad"], &["bad/DiskDescriptor.xml", "is the limit"]);
+    File::options()
+        .write(true)
+        .open(&xml)
+        .unwrap()
+        .set_len(1 << 30)
+        .unwrap();
+    rig.refused(
+        6,
+        ["info", "bad"],
+        &["bad/DiskDescriptor.xml", "is the limit"],
+    );
     // Files that are not the disk's.
-    for file in ["/etc/passwd", "../disk.hds", "../../../../../etc/passwd", "link"] {
+    for file in [
+        "/etc/passwd",
+        "../disk.hds",
+        "../../../../../etc/passwd",
+        "link",
+    ] {
         fs::write(&xml, good.replace("disk.hds", file)).unwrap();
         if file == "link" {
             symlink("/etc/passwd", rig.path("bad/link")).unwrap();
         }
-        no_use(&rig, 9, "bad", &["outside of the disk's directory", "--allow-dir"]);
+        no_use(
+            &rig,
+            9,
+            "bad",
+            &["outside of the disk's directory", "--allow-dir"],
+        );
     }
 }
 
@@ -280,29 +449,67 @@ fn archives_that_are_hostile() {
         ("s,^,a/../../out/,".into(), "a/../../out/evil"),
     ] {
         tar(&["-P", "-cf", &archive, "--transform", &transform, "evil"]);
-        refused(&rig, 2, &["template", "import", "new", "evil.tar"], &["evil.tar", member]);
+        refused(
+            &rig,
+            2,
+            &["template", "import", "new", "evil.tar"],
+            &["evil.tar", member],
+        );
     }
     symlink(rig.path("out"), rig.path("in/link")).unwrap();
     tar(&["-P", "-cf", &archive, "link"]);
     tar(&["-P", "-rf", &archive, "--transform", "s,^,link/,", "evil"]);
-    refused(&rig, 2, &["template", "import", "new", "evil.tar"], &["evil.tar", "link/evil"]);
+    refused(
+        &rig,
+        2,
+        &["template", "import", "new", "evil.tar"],
+        &["evil.tar", "link/evil"],
+    );
     // Ends too early, or is nothing of the kind.
     let whole = fs::read(&archive).unwrap();
     fs::write(&archive, &whole[..700]).unwrap();
-    refused(&rig, 6, &["template", "import", "new", "evil.tar"], &["evil.tar"]);
+    refused(
+        &rig,
+        6,
+        &["template", "import", "new", "evil.tar"],
+        &["evil.tar"],
+    );
     fs::write(&archive, vec![0x41; 5000]).unwrap();
-    refused(&rig, 6, &["template", "import", "new", "evil.tar"], &["evil.tar"]);
-    fs::write(rig.path("cut.tar.gz"), [0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 3, 1]).unwrap();
-    refused(&rig, 6, &["template", "import", "new", "cut.tar.gz"], &["cut.tar.gz"]);
+    refused(
+        &rig,
+        6,
+        &["template", "import", "new", "evil.tar"],
+        &["evil.tar"],
+    );
+    fs::write(
+        rig.path("cut.tar.gz"),
+        [0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 3, 1],
+    )
+    .unwrap();
+    refused(
+        &rig,
+        6,
+        &["template", "import", "new", "cut.tar.gz"],
+        &["cut.tar.gz"],
+    );
     fs::write(rig.path("later.tar.xz"), b"\xFD7zXZ\0").unwrap();
     let says = ["later.tar.xz", "xz"];
-    refused(&rig, 7, &["template", "import", "new", "later.tar.xz"], &says);
+    refused(
+        &rig,
+        7,
+        &["template", "import", "new", "later.tar.xz"],
+        &says,
+    );
 
     // Device nodes are a root filesystem's right: they get into the image, whoever imports them,
     // and onto nobody's own tree.
     let nobody = Rig::of_nobody();
-    run(Command::new("mknod").arg(rig.path("in/null")).args(["c", "1", "3"]));
-    run(Command::new("mknod").arg(rig.path("in/disk")).args(["b", "8", "0"]));
+    run(Command::new("mknod")
+        .arg(rig.path("in/null"))
+        .args(["c", "1", "3"]));
+    run(Command::new("mknod")
+        .arg(rig.path("in/disk"))
+        .args(["b", "8", "0"]));
     let nodes = nobody.arg("nodes.tar");
     tar(&["-cf", &nodes, "null", "disk"]);
     nobody.run(["template", "import", "nodes", &nodes]);
@@ -312,7 +519,10 @@ fn archives_that_are_hostile() {
     let server = nobody.serve(["a"]);
     let mounted = MountedExport::new(&server.uri("a"));
     let said = mounted.path().to_str().unwrap().to_owned();
-    let said = run(tool("stat").args(["-c", "%F %t:%T"]).args(["null", "disk"]).current_dir(said));
+    let said = run(tool("stat")
+        .args(["-c", "%F %t:%T"])
+        .args(["null", "disk"])
+        .current_dir(said));
     let said = String::from_utf8(said.stdout).unwrap();
     assert_eq!(said, "character special file 1:3\nblock special file 8:0\n");
     drop(mounted);
@@ -323,16 +533,52 @@ fn archives_that_are_hostile() {
 fn sizes_that_make_no_sense() {
     let rig = Rig::new();
     rig.small_template("mini", &["a"]);
-    for size in ["", "G", "-1", "10X", "1e30T", "99999999999T", "1.5.5G", "0x10", "10 G", "NaN"] {
+    for size in [
+        "",
+        "G",
+        "-1",
+        "10X",
+        "1e30T",
+        "99999999999T",
+        "1.5.5G",
+        "0x10",
+        "10 G",
+        "NaN",
+    ] {
         let size = format!("--size={size}");
         let says = ["is no size", "like 10G"];
-        refused(&rig, 2, &["create", "b", "--template", "mini", &size], &says);
-        refused(&rig, 2, &["template", "import", "b", "rootfs", &size], &says);
+        refused(
+            &rig,
+            2,
+            &["create", "b", "--template", "mini", &size],
+            &says,
+        );
+        refused(
+            &rig,
+            2,
+            &["template", "import", "b", "rootfs", &size],
+            &says,
+        );
     }
     let small = ["less than the template's"];
-    refused(&rig, 2, &["create", "b", "--template", "mini", "--size", "63M"], &small);
-    refused(&rig, 2, &["create", "b", "--template", "mini", "--size", "0"], &small);
-    refused(&rig, 2, &["create", "b", "--template", "mini", "--size", "8191P"], &["is no size"]);
+    refused(
+        &rig,
+        2,
+        &["create", "b", "--template", "mini", "--size", "63M"],
+        &small,
+    );
+    refused(
+        &rig,
+        2,
+        &["create", "b", "--template", "mini", "--size", "0"],
+        &small,
+    );
+    refused(
+        &rig,
+        2,
+        &["create", "b", "--template", "mini", "--size", "8191P"],
+        &["is no size"],
+    );
     for size in ["0", "1M", "16777217", "16T"] {
         let args = ["template", "import", "b", "rootfs", "--size", size];
         refused(&rig, 2, &args, &["at least 16 MiB"]);
@@ -341,7 +587,15 @@ fn sizes_that_make_no_sense() {
         let says = ["32K", "64M"];
         let import = ["template", "import", "b", "rootfs", "--cluster", cluster];
         refused(&rig, 2, &import, &says);
-        let convert = ["convert", "a", "out.hds", "--to", "ploop", "--cluster", cluster];
+        let convert = [
+            "convert",
+            "a",
+            "out.hds",
+            "--to",
+            "ploop",
+            "--cluster",
+            cluster,
+        ];
         refused(&rig, 2, &convert, &says);
     }
     for size in ["", "x", "-5", "700B"] {
@@ -395,7 +649,12 @@ fn a_disk_that_fills_up_during_an_import() {
     fs::create_dir(rig.path("big")).unwrap();
     fs::write(rig.path("big/file"), &big).unwrap();
     fs::write(rig.path("big.raw"), &big).unwrap();
-    run(tool("tar").arg("-cf").arg(rig.path("big.tar")).arg("-C").arg(rig.path("big")).arg("."));
+    run(tool("tar")
+        .arg("-cf")
+        .arg(rig.path("big.tar"))
+        .arg("-C")
+        .arg(rig.path("big"))
+        .arg("."));
     let root = rig.root().to_str().unwrap();
     for source in ["big", "big.raw", "big.tar"] {
         let says = [root, "No space left on device", "Make room"];
@@ -416,7 +675,12 @@ fn a_full_disk_refuses_new_containers_and_still_removes_old_ones() {
     let root = rig.root().to_str().unwrap();
     let says = [root, "No space left on device", "Make room"];
     refused(rig, 8, &["create", "new", "--template", "mini"], &says);
-    refused(rig, 8, &["create", "new", "--template", "mini", "--size", "200M"], &says);
+    refused(
+        rig,
+        8,
+        &["create", "new", "--template", "mini", "--size", "200M"],
+        &says,
+    );
     refused(rig, 8, &["template", "import", "new", "rootfs"], &says);
     // Reading takes no room, nor does serving, nor does getting rid of something.
     rig.run(["list"]);
@@ -447,12 +711,19 @@ fn a_full_ext4_still_removes_containers() {
     small.fill();
     let says = ["No space left on device", "Make room"];
     let before = small.rig.listing();
-    small.rig.refused(8, ["create", "new", "--template", "mini"], &says);
+    small
+        .rig
+        .refused(8, ["create", "new", "--template", "mini"], &says);
     assert_eq!(small.rig.listing(), before);
     small.rig.run(["rm", "a"]);
     small.rig.run(["rm", "b"]);
     small.rig.run(["template", "rm", "mini"]);
-    assert_eq!(fs::read_dir(small.rig.root().join("layers")).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(small.rig.root().join("layers"))
+            .unwrap()
+            .count(),
+        0
+    );
     let Small { rig, disk } = small;
     drop(disk);
     drop(rig);
@@ -470,25 +741,49 @@ fn a_disk_that_fills_up_under_a_server_costs_the_writer_an_error_and_nobody_anyt
     small.fill();
     let wants_room = |uri: &str| {
         let commands = ["write -P 8 30M 8M", "flush"];
-        let (ok, said) = qemu_io("raw", false, std::ffi::OsStr::from_bytes(uri.as_bytes()), &commands);
+        let (ok, said) = qemu_io(
+            "raw",
+            false,
+            std::ffi::OsStr::from_bytes(uri.as_bytes()),
+            &commands,
+        );
         assert!(!ok && said.contains("No space left on device"), "{said}");
     };
     wants_room(&a);
     wants_room(&server.uri("b"));
     // What has its room goes on, and what was promised is there.
-    on_export(&a, &["read -P 7 20M 1M", "write -P 9 20M 64k", "flush", "read -P 9 20M 64k"]);
+    on_export(
+        &a,
+        &[
+            "read -P 7 20M 1M",
+            "write -P 9 20M 64k",
+            "flush",
+            "read -P 9 20M 64k",
+        ],
+    );
     assert!(rig.root().join("containers/c").exists());
     rig.run(["rm", "c"]);
     small.make_room();
     // Without a restart, as soon as there is room.
-    on_export(&a, &["write -P 8 30M 8M", "flush", "read -P 8 30M 8M", "read -P 7 21430272 4k"]);
+    on_export(
+        &a,
+        &[
+            "write -P 8 30M 8M",
+            "flush",
+            "read -P 8 30M 8M",
+            "read -P 7 21430272 4k",
+        ],
+    );
     server.stop();
     for name in ["a", "b"] {
         assert!(rig.run(["check", name]).contains("clean"));
     }
     assert_eq!(rig.template_content("mini"), template);
     let server = rig.serve(["a"]);
-    on_export(&server.uri("a"), &["read -P 9 20M 64k", "read -P 8 30M 8M", "read -P 0 50M 1M"]);
+    on_export(
+        &server.uri("a"),
+        &["read -P 9 20M 64k", "read -P 8 30M 8M", "read -P 0 50M 1M"],
+    );
     server.stop();
     rig.run(["rm", "a", "b"]);
     assert!(Path::new(rig.root()).exists());

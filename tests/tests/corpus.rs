@@ -4,9 +4,9 @@
 
 use std::path::Path;
 
+use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::disk::open::{OpenOptions, Opener, Source};
-use ploop::device::Device;
 use ploop_tests::corpus::{self, Case};
 
 fn open(case: &Case, dir: &Path, node: &str, allow: bool) -> ploop::Result<Disk> {
@@ -17,8 +17,18 @@ fn open(case: &Case, dir: &Path, node: &str, allow: bool) -> ploop::Result<Disk>
     };
     let opener = Opener::host();
     let source = Source::parse(opener.store().as_ref(), &text)?;
-    let allow = if allow { vec![dir.to_path_buf()] } else { vec![] };
-    opener.open(&source, &OpenOptions { allow, ..OpenOptions::default() })
+    let allow = if allow {
+        vec![dir.to_path_buf()]
+    } else {
+        vec![]
+    };
+    opener.open(
+        &source,
+        &OpenOptions {
+            allow,
+            ..OpenOptions::default()
+        },
+    )
 }
 
 /// The digest of one node, and whether it is the expected one.
@@ -31,7 +41,9 @@ fn right(case: &Case, dir: &Path, node: &str, allow: bool) -> ploop::Result<bool
     {
         return Ok(false);
     }
-    if disk.size() <= 1 << 30 && let Some(full) = full {
+    if disk.size() <= 1 << 30
+        && let Some(full) = full
+    {
         return Ok(corpus::full_digest(&disk)? == full);
     }
     Ok(corpus::blocks_digest(&disk)? == blocks.unwrap())
@@ -47,7 +59,10 @@ fn every_case_reads_exactly_or_is_refused_with_the_file_named() {
         let needs_allow = rule == "needs-permission" || case.text("group") == "volume";
         let nodes: Vec<String> = match case.hashes().into_keys().collect::<Vec<_>>() {
             none if none.is_empty() => vec!["top".into()],
-            some => some.into_iter().filter(|n| !n.starts_with("snapshot:")).collect(),
+            some => some
+                .into_iter()
+                .filter(|n| !n.starts_with("snapshot:"))
+                .collect(),
         };
         for node in nodes {
             let known = case.hashes().contains_key(&node);
@@ -72,5 +87,10 @@ fn every_case_reads_exactly_or_is_refused_with_the_file_named() {
             }
         }
     }
-    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
 }

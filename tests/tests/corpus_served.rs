@@ -23,7 +23,10 @@ const FULL_MAX: u64 = 1 << 30;
 const MEMORY: &str = "--as=67108864";
 
 fn readable(case: &Case) -> bool {
-    matches!(case.read_rule(), "exact" | "exact-or-refuse" | "needs-permission")
+    matches!(
+        case.read_rule(),
+        "exact" | "exact-or-refuse" | "needs-permission"
+    )
 }
 
 fn allow<'a>(case: &Case, dir: &'a Path, command: &'a mut Command) -> &'a mut Command {
@@ -37,13 +40,20 @@ fn named_nodes(case: &Case) -> Vec<String> {
     let nodes: Vec<String> = case.hashes().into_keys().collect();
     match nodes.is_empty() {
         true => vec!["top".into()],
-        false => nodes.into_iter().filter(|n| !n.starts_with("snapshot:")).collect(),
+        false => nodes
+            .into_iter()
+            .filter(|n| !n.starts_with("snapshot:"))
+            .collect(),
     }
 }
 
 fn source(case: &Case, dir: &Path, node: &str) -> String {
     let entry = dir.join(case.text("entry")).display().to_string();
-    if node == "top" { entry } else { format!("{entry}@{node}") }
+    if node == "top" {
+        entry
+    } else {
+        format!("{entry}@{node}")
+    }
 }
 
 /// A digest of the file that a conversion made: the full one, or the sparse one.
@@ -51,7 +61,9 @@ fn digest_of(file: &Path, full: bool) -> String {
     let disk = ploop::disk::Disk::sealed(std::sync::Arc::new(
         ploop::chain::Chain::new(vec![std::sync::Arc::new(
             ploop::format::raw::RawDelta::new(
-                ploop::store::RealStore::shared().open(file, ploop::store::Access::Read).unwrap(),
+                ploop::store::RealStore::shared()
+                    .open(file, ploop::store::Access::Read)
+                    .unwrap(),
             )
             .unwrap(),
         )])
@@ -77,8 +89,11 @@ fn check_refusal(case: &Case, out: &Output, wrong: &mut Vec<String>) {
 // than 64 MiB, and leaves no file behind when it fails. Method: every node of every case.
 #[test]
 fn convert_gives_the_expected_bytes_or_a_clear_error_in_little_memory() {
-    let refused: BTreeMap<&str, &str> =
-        REFUSED.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split_once(' ')).collect();
+    let refused: BTreeMap<&str, &str> = REFUSED
+        .lines()
+        .filter(|l| !l.starts_with('#'))
+        .filter_map(|l| l.split_once(' '))
+        .collect();
     let (mut wrong, mut now_refused) = (Vec::new(), Vec::new());
     for case in corpus::cases() {
         let tmp = case.unpack();
@@ -87,7 +102,11 @@ fn convert_gives_the_expected_bytes_or_a_clear_error_in_little_memory() {
         for node in named_nodes(&case) {
             let target = out_dir.path().join("out.raw");
             let mut command = tool("prlimit");
-            command.arg(MEMORY).arg(ploop_path()).arg("convert").arg(source(&case, &dir, &node));
+            command
+                .arg(MEMORY)
+                .arg(ploop_path())
+                .arg("convert")
+                .arg(source(&case, &dir, &node));
             allow(&case, &dir, command.arg(&target).args(["--to", "raw"]));
             let out = command.output().unwrap();
             let ok = out.status.success();
@@ -119,8 +138,16 @@ fn convert_gives_the_expected_bytes_or_a_clear_error_in_little_memory() {
         }
     }
     let listed: Vec<String> = refused.keys().map(|k| (*k).to_owned()).collect();
-    assert_eq!(now_refused, listed, "refused.txt must name exactly the readable cases refused");
-    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    assert_eq!(
+        now_refused, listed,
+        "refused.txt must name exactly the readable cases refused"
+    );
+    assert!(
+        wrong.is_empty(),
+        "{} wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
 }
 
 struct Server(Child);
@@ -135,7 +162,10 @@ impl Drop for Server {
 /// Serves a node read-only; the error output when there is no export.
 fn serve(case: &Case, dir: &Path, node: &str, socket: &Path) -> Result<Server, Output> {
     let mut command = ploop();
-    command.arg("serve").arg(source(case, dir, node)).args(["--read-only", "--name", "x"]);
+    command
+        .arg("serve")
+        .arg(source(case, dir, node))
+        .args(["--read-only", "--name", "x"]);
     allow(case, dir, command.arg("--socket").arg(socket));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -173,7 +203,10 @@ fn read_export(socket: &Path, full: bool) -> std::io::Result<String> {
     let map: serde_json::Value = serde_json::from_slice(&map).unwrap();
     let mut next = 0;
     for extent in map.as_array().unwrap().iter().filter(|e| e["type"] != 3) {
-        let (from, len) = (extent["offset"].as_u64().unwrap(), extent["length"].as_u64().unwrap());
+        let (from, len) = (
+            extent["offset"].as_u64().unwrap(),
+            extent["length"].as_u64().unwrap(),
+        );
         let mut at = (from / 4096 * 4096).max(next);
         while at < from + len {
             let n = (export.size - at).min(4096) as usize;
@@ -220,16 +253,22 @@ fn serve_gives_the_expected_bytes_or_an_error() {
         };
         let size = case.expect["virtual_bytes"].as_u64().unwrap_or(0);
         let small = size <= FULL_MAX && full.is_some();
-        let began = std::time::Instant::now();
         let got = read_export(&socket, small);
-        if began.elapsed().as_secs() > 2 { eprintln!("SLOW {} {:?}", case.name, began.elapsed()); }
-        let right = got.as_ref().is_ok_and(|g| Some(g) == if small { full } else { blocks }.as_ref());
-        let excused = got.is_err() && matches!(case.read_rule(), "exact-or-refuse" | "fault" | "any");
+        let right = got
+            .as_ref()
+            .is_ok_and(|g| Some(g) == if small { full } else { blocks }.as_ref());
+        let excused =
+            got.is_err() && matches!(case.read_rule(), "exact-or-refuse" | "fault" | "any");
         if !right && !excused {
             wrong.push(format!("{} [{}]: {got:?}", case.name, case.read_rule()));
         }
         drop(server);
         std::fs::remove_file(&socket).ok();
     }
-    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
 }

@@ -15,8 +15,17 @@ fn scenario<'a>(fx: &'a Fixture, name: &str, steps: &'a [Step]) -> Scenario<'a> 
             Runner::new(fx, front, &history).run(steps);
             let store = store.clone();
             let check = move || {
-                let budget = Budget { exhaustive_units: 8, seeded: 40, seed: 0 };
-                Sweep { budget, work_every: 1 }.check(fx, &store, &history).map(drop)
+                let budget = Budget {
+                    exhaustive_units: 8,
+                    seeded: 40,
+                    seed: 0,
+                };
+                Sweep {
+                    budget,
+                    work_every: 1,
+                }
+                .check(fx, &store, &history)
+                .map(drop)
             };
             Box::new(check) as Verdict<'a>
         }),

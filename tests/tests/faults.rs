@@ -38,7 +38,10 @@ fn must_latch(fx: &Fixture, e: &ploop::Error) -> bool {
 }
 
 fn data_start(fx: &Fixture) -> u64 {
-    scan_image(fx.top_file(&fx.start).as_ref()).unwrap().header.data_start
+    scan_image(fx.top_file(&fx.start).as_ref())
+        .unwrap()
+        .header
+        .data_start
 }
 
 fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
@@ -65,7 +68,11 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
                 continue;
             }
             Err(e) if first.is_none() => {
-                let kind = if case.fault == Fault::Enospc { Kind::NoSpace } else { Kind::Io };
+                let kind = if case.fault == Fault::Enospc {
+                    Kind::NoSpace
+                } else {
+                    Kind::Io
+                };
                 assert_eq!(e.kind(), kind, "{step:?}: {e}");
                 latched = runner.is_open() && e.what().starts_with("sync");
                 runner.trust_cache = !e.what().starts_with("sync");
@@ -74,7 +81,10 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
             }
             Err(e) => {
                 let first = first.as_ref().unwrap();
-                assert!(must_latch(fx, first), "{step:?} fails: {e}, after one failure: {first}");
+                assert!(
+                    must_latch(fx, first),
+                    "{step:?} fails: {e}, after one failure: {first}"
+                );
                 assert_eq!(e.kind(), Kind::Latched, "{step:?}: {e}");
                 assert!(!fresh, "{step:?} after a new open: {e}");
             }
@@ -83,13 +93,20 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
         // A close that failed is a close all the same: the next step opens the disk anew.
         latched &= runner.is_open();
     }
-    let reached = if case.syncs { store.syncs() > n } else { store.calls() > n };
+    let reached = if case.syncs {
+        store.syncs() > n
+    } else {
+        store.calls() > n
+    };
     // Even after an error the last close leaves nothing behind, unless it failed itself.
     if closed {
         let scan = scan_image(fx.top_file(&store.snapshot()).as_ref()).unwrap();
         let worse = |k| k != FindingKind::UnreferencedClusters || !fx.findings.contains(&k);
         let left: Vec<_> = scan.findings.iter().filter(|f| worse(f.kind)).collect();
-        assert!(left.is_empty(), "closed after {first:?}, and not clean: {left:?}");
+        assert!(
+            left.is_empty(),
+            "closed after {first:?}, and not clean: {left:?}"
+        );
     }
     points.push(store.log().len());
     look(fx, &store, &history, &points);
@@ -98,15 +115,27 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
 
 /// kill -9 and power cuts after the failure, at the end, and after closing.
 fn look(fx: &Fixture, store: &RecordingStore, history: &History, points: &[usize]) {
-    let budget = Budget { exhaustive_units: 6, seeded: 10, seed: 1 };
-    let killed = judge(fx, &history.view(usize::MAX), &store.snapshot(), Depth::Work);
+    let budget = Budget {
+        exhaustive_units: 6,
+        seeded: 10,
+        seed: 1,
+    };
+    let killed = judge(
+        fx,
+        &history.view(usize::MAX),
+        &store.snapshot(),
+        Depth::Work,
+    );
     killed.unwrap_or_else(|e| panic!("after kill -9: {e}"));
     for &point in points {
         let view = history.view(point);
         for state in store.states_at(point, &budget) {
             judge(fx, &view, &state.build(), Depth::Work).unwrap_or_else(|e| {
                 let ops = history.lines().join("\n  ");
-                panic!("{e}\n{state}\n  {ops}\nlog:\n  {}", store.log().join("\n  "))
+                panic!(
+                    "{e}\n{state}\n  {ops}\nlog:\n  {}",
+                    store.log().join("\n  ")
+                )
             });
         }
     }
@@ -140,18 +169,34 @@ fn every_call(case: Case) {
 /// and with two sectors of a failing write on disk.
 #[test]
 fn an_io_error_at_any_call_loses_nothing_that_was_flushed() {
-    let case = Case { fault: Fault::Eio, calls: Calls::All, tear: Tear::Nothing, syncs: false };
+    let case = Case {
+        fault: Fault::Eio,
+        calls: Calls::All,
+        tear: Tear::Nothing,
+        syncs: false,
+    };
     every_call(case);
-    every_call(Case { calls: Calls::Changes, tear: Tear::Bytes(1024), ..case });
+    every_call(Case {
+        calls: Calls::Changes,
+        tear: Tear::Bytes(1024),
+        ..case
+    });
 }
 
 /// Goal: promise 5. Method: ENOSPC at every call that changes something.
 #[test]
 fn a_full_host_at_any_call_hurts_one_writer_only() {
-    let case =
-        Case { fault: Fault::Enospc, calls: Calls::Changes, tear: Tear::Nothing, syncs: false };
+    let case = Case {
+        fault: Fault::Enospc,
+        calls: Calls::Changes,
+        tear: Tear::Nothing,
+        syncs: false,
+    };
     every_call(case);
-    every_call(Case { tear: Tear::Bytes(1024), ..case });
+    every_call(Case {
+        tear: Tear::Bytes(1024),
+        ..case
+    });
 }
 
 /// Goal: promise 1 when a sync fails and the kernel forgets it. Method: every sync fails once, and

@@ -49,10 +49,22 @@ struct Shelf {
 
 impl Shelf {
     /// Makes the top and what is below; returns also the bytes that the guest sees.
-    fn new(store: Arc<dyn Store>, dir: &Path, version: Version, below: Below, rng: &mut Rng) -> (Shelf, Vec<u8>) {
+    fn new(
+        store: Arc<dyn Store>,
+        dir: &Path,
+        version: Version,
+        below: Below,
+        rng: &mut Rng,
+    ) -> (Shelf, Vec<u8>) {
         let clusters = 48 + rng.below(16);
         let dir = dir.to_path_buf();
-        let mut shelf = Shelf { store, dir, version, clusters, sealed: Vec::new() };
+        let mut shelf = Shelf {
+            store,
+            dir,
+            version,
+            clusters,
+            sealed: Vec::new(),
+        };
         let mut bytes = vec![0; (clusters * CLUSTER) as usize];
         // What is below may be smaller; then the end reads as zeros.
         let smaller = clusters - rng.below(6);
@@ -77,7 +89,10 @@ impl Shelf {
     fn raw_base(&mut self, clusters: u64, rng: &mut Rng, bytes: &mut [u8]) {
         let part = &mut bytes[..(clusters * CLUSTER) as usize];
         some_data(rng, part);
-        let file = self.store.create(&self.dir.join("base.raw"), 0o600).unwrap();
+        let file = self
+            .store
+            .create(&self.dir.join("base.raw"), 0o600)
+            .unwrap();
         file.write_at(part, 0).unwrap();
         self.sealed.push((self.dir.join("base.raw"), true));
     }
@@ -112,15 +127,25 @@ impl Shelf {
         };
         let deltas: Vec<_> = self.sealed.iter().map(delta).collect();
         let chain = (!deltas.is_empty()).then(|| Arc::new(Chain::new(deltas).unwrap()));
-        let file = self.store.open(&self.dir.join(name), Access::Write).unwrap();
+        let file = self
+            .store
+            .open(&self.dir.join(name), Access::Write)
+            .unwrap();
         Disk::writable(chain, Top::open(file).unwrap(), None).unwrap()
     }
 
     /// The closed top is clean, and no larger than its clusters.
     fn check(&self) {
-        let file = self.store.open(&self.dir.join("top"), Access::Read).unwrap();
+        let file = self
+            .store
+            .open(&self.dir.join("top"), Access::Read)
+            .unwrap();
         let scan = scan_image(file.as_ref()).unwrap();
-        assert!(class_of(&scan.findings) == Class::Clean, "{:?}", scan.findings);
+        assert!(
+            class_of(&scan.findings) == Class::Clean,
+            "{:?}",
+            scan.findings
+        );
         let used = scan.header.data_start + scan.used.count() * CLUSTER;
         assert_eq!(file.len().unwrap(), used, "no space is lost");
     }
@@ -139,7 +164,10 @@ fn some_data(rng: &mut Rng, part: &mut [u8]) {
 
 /// The operations of one test, divided among the styles.
 fn in_process(version: Version, below: Below, ops: u64, real: bool) {
-    let seed = env("PLOOP_SEED", 1 + version.number() as u64 * 10 + below as u64);
+    let seed = env(
+        "PLOOP_SEED",
+        1 + version.number() as u64 * 10 + below as u64,
+    );
     let ops = env("PLOOP_OPS", ops) / STYLES.len() as u64;
     let dir = tempfile::tempdir().unwrap();
     for style in STYLES {
@@ -226,8 +254,10 @@ fn through_sockets(seed: u64, bytes: Vec<u8>, export: &str, serve: &dyn Fn() -> 
     let mut fsx = Fsx::new(seed, bytes, 64 << 10);
     while fsx.done < ops {
         let server = serve();
-        let mut links: Vec<Client> =
-            STYLES.iter().map(|s| Client::open(server.socket(), export, *s)).collect();
+        let mut links: Vec<Client> = STYLES
+            .iter()
+            .map(|s| Client::open(server.socket(), export, *s))
+            .collect();
         fsx.check_all(&mut links[0]);
         let until = ops.min(fsx.done + ops / 6);
         while fsx.done < until {

@@ -42,12 +42,21 @@ impl Holder {
     /// QEMU, with `image` open read-write.
     fn qemu(image: &Path) -> Holder {
         let mut command = tool("qemu-io");
-        command.args(["-f", "parallels"]).arg(image).stdin(Stdio::piped());
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        command
+            .args(["-f", "parallels"])
+            .arg(image)
+            .stdin(Stdio::piped());
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         // It answers when it has opened the image.
         writeln!(child.stdin.as_mut().unwrap(), "read 0 512").unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(child.stdout.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         assert!(line.contains("read 512/512"), "{line}");
         Holder(child)
     }
@@ -63,9 +72,15 @@ impl Holder {
         let mut command = tool("python3");
         command.args(["-c", script]).arg(image);
         command.args([first.to_string(), count.to_string()]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(child.stdout.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         assert_eq!(line, "held\n");
         Holder(child)
     }
@@ -89,7 +104,16 @@ fn open(opener: &Opener, rig: &Rig, name: &str, write: bool) -> Disk {
     let path = rig.root().join("containers").join(name);
     let source = Source::parse(opener.store().as_ref(), path.to_str().unwrap()).unwrap();
     let allow = vec![rig.root().to_path_buf()];
-    opener.open(&source, &OpenOptions { write, allow, ..OpenOptions::default() }).unwrap()
+    opener
+        .open(
+            &source,
+            &OpenOptions {
+                write,
+                allow,
+                ..OpenOptions::default()
+            },
+        )
+        .unwrap()
 }
 
 /// Goal: a layer stays locked while any disk in the process stands on it. Method: POSIX locks would
@@ -163,7 +187,11 @@ fn a_disk_that_qemu_has_open_is_refused_and_the_file_named() {
         let file = image.file_name().unwrap().to_str().unwrap();
         let socket = rig.arg("sock");
         let serve = ["serve", "a", "--socket", &socket];
-        rig.refused(5, serve, &[file, "another program has the image open", "lslocks"]);
+        rig.refused(
+            5,
+            serve,
+            &[file, "another program has the image open", "lslocks"],
+        );
         assert!(!Path::new(&socket).exists());
         holder.release();
         rig.serve(["a"]).stop();
@@ -180,7 +208,11 @@ fn openvz_locks_on_the_base_are_respected() {
         let socket = rig.arg("sock");
         let serve = ["serve", "a", "--socket", &socket];
         rig.refused(5, serve, &["image.hds", says, "lslocks"]);
-        rig.refused(5, ["convert", "a", "out.raw", "--to", "raw"], &["image.hds", says]);
+        rig.refused(
+            5,
+            ["convert", "a", "out.raw", "--to", "raw"],
+            &["image.hds", says],
+        );
         assert!(!rig.path("out.raw").exists());
         holder.release();
         rig.serve(["a"]).stop();
@@ -202,7 +234,10 @@ fn write_lock_would_wait(image: &Path, first: u64, count: u64) -> bool {
                   except BlockingIOError:\n    \
                       sys.exit(9)\n";
     let mut command = tool("python3");
-    command.args(["-c", script]).arg(image).args([first.to_string(), count.to_string()]);
+    command
+        .args(["-c", script])
+        .arg(image)
+        .args([first.to_string(), count.to_string()]);
     match command.status().unwrap().code() {
         Some(0) => false,
         Some(9) => true,
@@ -220,13 +255,21 @@ fn a_served_disk_has_one_server_and_cannot_be_removed() {
     let pid = format!("process {}", server.pid());
     let socket = rig.arg("second");
     let serve = ["serve", "a", "--socket", &socket];
-    rig.refused(5, serve, &["containers/a", "in use", &pid, "Stop that process"]);
+    rig.refused(
+        5,
+        serve,
+        &["containers/a", "in use", &pid, "Stop that process"],
+    );
     // By its directory it is the same disk.
     let dir = rig.root().join("containers/a");
     let serve = ["serve", dir.to_str().unwrap(), "--socket", &socket];
     rig.refused(5, serve, &["containers/a", &pid]);
     rig.refused(5, ["rm", "a"], &["containers/a", &pid, "Stop that process"]);
-    rig.refused(5, ["template", "rm", "mini"], &["mini", "2 containers", "Remove them first"]);
+    rig.refused(
+        5,
+        ["template", "rm", "mini"],
+        &["mini", "2 containers", "Remove them first"],
+    );
     assert_eq!(rig.listing(), before);
     // The others are not kept.
     rig.run(["rm", "b"]);
@@ -247,16 +290,34 @@ fn two_servers_of_one_store_share_its_disks_one_at_a_time() {
     let (one, two) = (rig.serve(["--store"]), rig.serve(["--store"]));
     let client = Holder::qemu_on(&one.uri("a"));
     let (ok, said) = qemu_io("raw", false, two.uri("a").as_ref(), &["read 0 512"]);
-    assert!(!ok && said.contains(&format!("process {}", one.pid())), "{said}");
+    assert!(
+        !ok && said.contains(&format!("process {}", one.pid())),
+        "{said}"
+    );
     on_export(&two.uri("b"), &["write -P 2 30M 4k", "flush"]);
     let mut rm = rig.ploop();
-    expect_refusal(rm.args(["rm", "a"]), 5, &["containers/a", &format!("process {}", one.pid())]);
+    expect_refusal(
+        rm.args(["rm", "a"]),
+        5,
+        &["containers/a", &format!("process {}", one.pid())],
+    );
     client.release();
     // The server closes the disk when it sees that the client is gone.
     wait_for("the first server to close the disk", || {
-        qemu_io("raw", false, two.uri("a").as_ref(), &["write -P 3 30M 4k", "flush"]).0
+        qemu_io(
+            "raw",
+            false,
+            two.uri("a").as_ref(),
+            &["write -P 3 30M 4k", "flush"],
+        )
+        .0
     });
-    let (ok, said) = qemu_io("raw", true, two.uri("template:mini").as_ref(), &["read -P 0 30M 4k"]);
+    let (ok, said) = qemu_io(
+        "raw",
+        true,
+        two.uri("template:mini").as_ref(),
+        &["read -P 0 30M 4k"],
+    );
     assert!(ok, "{said}");
     one.stop();
     two.stop();
@@ -266,11 +327,16 @@ impl Holder {
     /// A client of an export, connected until it is told to end.
     fn qemu_on(uri: &str) -> Holder {
         let mut command = tool("qemu-io");
-        command.args(["-f", "raw", uri]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(["-f", "raw", uri])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         writeln!(child.stdin.as_mut().unwrap(), "read 0 512").unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(child.stdout.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         assert!(line.contains("read 512/512"), "{line}");
         Holder(child)
     }

@@ -27,7 +27,10 @@ fn boots(rig: &Rig, template: &str, want: &Tree) {
     let mounted = MountedExport::new(&server.uri("ct"));
     assert_same(&tree(mounted.path()), want, template);
     let said = mounted.chroot("dpkg -l && apt-get --version && echo changed > /etc/hostname");
-    assert!(said.contains("ii  base-files ") && said.contains("ii  dpkg "), "{said}");
+    assert!(
+        said.contains("ii  base-files ") && said.contains("ii  dpkg "),
+        "{said}"
+    );
     assert!(said.lines().any(|l| l.starts_with("apt ")), "{said}");
     let file = mounted.unmount();
     file.e2fsck(PARTITION);
@@ -40,7 +43,11 @@ fn boots(rig: &Rig, template: &str, want: &Tree) {
     sgdisk_is_content(&rig.path("ct.raw"));
     fs::remove_file(rig.path("ct.raw")).unwrap();
     assert!(rig.run(["check", "ct"]).contains("clean"));
-    assert_eq!(rig.template_content(template), before, "the template changed");
+    assert_eq!(
+        rig.template_content(template),
+        before,
+        "the template changed"
+    );
     rig.run(["rm", "ct"]);
 }
 
@@ -80,7 +87,15 @@ fn grows(rig: &Rig, template: &str, want: &Tree) {
     const SIZE: u64 = 2 << 30;
     let before = rig.template_content(template);
     for (name, cached) in [("large", false), ("second", true)] {
-        let made = rig.json(["create", name, "--template", template, "--size", "2G", "--json"]);
+        let made = rig.json([
+            "create",
+            name,
+            "--template",
+            template,
+            "--size",
+            "2G",
+            "--json",
+        ]);
         assert_eq!(made[0]["size"], SIZE, "{made}");
         assert_eq!(made[0]["grown"]["cached"], cached, "{made}");
         let server = rig.serve([name]);
@@ -96,17 +111,28 @@ fn grows(rig: &Rig, template: &str, want: &Tree) {
             line.unwrap().trim().parse().unwrap()
         };
         let bytes = number("Block count:") * number("Block size:");
-        assert!(bytes > SIZE - (4 << 20), "the file system has {bytes} bytes");
+        assert!(
+            bytes > SIZE - (4 << 20),
+            "the file system has {bytes} bytes"
+        );
         drop(file);
         let mounted = MountedExport::new(&server.uri(name));
         assert_same(&tree(mounted.path()), want, name);
         let free = rustix::fs::statvfs(mounted.path()).unwrap();
-        assert!(free.f_bavail * free.f_frsize > SIZE / 10 * 7, "{} blocks free", free.f_bavail);
+        assert!(
+            free.f_bavail * free.f_frsize > SIZE / 10 * 7,
+            "{} blocks free",
+            free.f_bavail
+        );
         fs::write(mounted.path().join("root/filled"), vec![7; 400 << 20]).unwrap();
         mounted.unmount().e2fsck(PARTITION);
         server.stop();
     }
-    assert_eq!(rig.template_content(template), before, "the template changed");
+    assert_eq!(
+        rig.template_content(template),
+        before,
+        "the template changed"
+    );
     rig.run(["rm", "large", "second"]);
 }
 
@@ -119,7 +145,10 @@ fn a_hundred_and_twenty_clones_know_nothing_of_each_other() {
     const THREADS: u64 = 4;
     let rig = Rig::new();
     let names: Vec<String> = (1..=CLONES).map(|i| format!("ct{i:03}")).collect();
-    rig.small_template("mini", &names.iter().map(String::as_str).collect::<Vec<_>>());
+    rig.small_template(
+        "mini",
+        &names.iter().map(String::as_str).collect::<Vec<_>>(),
+    );
     rig.run(["create", "untouched", "--template", "mini"]);
     let before = rig.template_content("mini");
     let layer = treehash::file_digest(&rig.layer());
@@ -155,19 +184,33 @@ fn a_hundred_and_twenty_clones_know_nothing_of_each_other() {
     fs::write(a.path().join("etc/hostname"), "first\n").unwrap();
     fs::write(a.path().join("home/user/new"), vec![1; 1 << 20]).unwrap();
     rustix::fs::syncfs(fs::File::open(a.path()).unwrap()).unwrap();
-    assert_same(&tree(b.path()), &was, "the second clone saw what the first one wrote");
+    assert_same(
+        &tree(b.path()),
+        &was,
+        "the second clone saw what the first one wrote",
+    );
     a.unmount().e2fsck(PARTITION);
     b.unmount().e2fsck(PARTITION);
     server.stop();
 
     assert_eq!(rig.template_content("mini"), before);
     assert_eq!(rig.content("untouched"), before);
-    assert_eq!(treehash::file_digest(&rig.layer()), layer, "a sealed layer was written");
+    assert_eq!(
+        treehash::file_digest(&rig.layer()),
+        layer,
+        "a sealed layer was written"
+    );
     assert_ne!(rig.content(&names[0]), before);
     // Removing them all leaves the template, and nothing of theirs.
-    let rm = ["rm", "untouched"].into_iter().chain(names.iter().map(String::as_str));
+    let rm = ["rm", "untouched"]
+        .into_iter()
+        .chain(names.iter().map(String::as_str));
     rig.run(rm);
     let listing = rig.listing();
-    assert!(!listing.keys().any(|p| p.starts_with("containers/") && p.components().count() > 1));
+    assert!(
+        !listing
+            .keys()
+            .any(|p| p.starts_with("containers/") && p.components().count() > 1)
+    );
     assert_eq!(rig.template_content("mini"), before);
 }

@@ -43,19 +43,29 @@ fn run(d: &Demo, dir: &Path) -> Result<()> {
     let began = Instant::now();
     let rootfs = dir.join("rootfs");
     let files = collect_rootfs(&rootfs)?;
-    step(began, &format!("a root filesystem of {files} files from this machine"))?;
+    step(
+        began,
+        &format!("a root filesystem of {files} files from this machine"),
+    )?;
 
     let began = Instant::now();
     let root = Root::open(&dir.join("store"), true)?;
     let options = ImportOptions {
         cluster_sectors: snapshots::template::DEFAULT_CLUSTER_SECTORS,
-        build: BuildOptions { size: Some(256 << 20), ..BuildOptions::default() },
+        build: BuildOptions {
+            size: Some(256 << 20),
+            ..BuildOptions::default()
+        },
         open: Default::default(),
         source_text: "this machine".into(),
     };
     let source = ImportSource::Root(RootSource::Dir(rootfs));
     let made = snapshots::import(&root, "mini", &source, &options, &|_| {})?;
-    let text = format!("template mini: ext4, {} of data in {}", size(made.data), size(made.size));
+    let text = format!(
+        "template mini: ext4, {} of data in {}",
+        size(made.data),
+        size(made.size)
+    );
     step(began, &text)?;
 
     let began = Instant::now();
@@ -64,13 +74,19 @@ fn run(d: &Demo, dir: &Path) -> Result<()> {
         snapshots::create_container(&root, &name, "mini", &CreateOptions::default(), &|_, _| {})?;
     }
     let each = began.elapsed() / d.clones.max(1);
-    step(began, &format!("{} containers, {} each", d.clones.max(1), duration(each)))?;
+    step(
+        began,
+        &format!("{} containers, {} each", d.clones.max(1), duration(each)),
+    )?;
 
     let socket = dir.join("nbd.sock");
     let mut server = Serving::start(&dir.join("store"), &socket)?;
     let began = Instant::now();
     read_back(&root, &socket)?;
-    step(began, &format!("{CT} read through the `nbd` crate's client: equal to the template"))?;
+    step(
+        began,
+        &format!("{CT} read through the `nbd` crate's client: equal to the template"),
+    )?;
     let began = Instant::now();
     match mount_and_run(dir, &socket)? {
         Ok(said) => step(began, &format!("mounted (nbdfuse + loop), chroot: {said}"))?,
@@ -80,7 +96,10 @@ fn run(d: &Demo, dir: &Path) -> Result<()> {
 
     let entries = snapshots::list::containers(&root)?;
     if let Some(ct) = entries.iter().find(|c| c.name == CT) {
-        line(format!("             {CT} now has {} of its own", size(ct.data)))?;
+        line(format!(
+            "             {CT} now has {} of its own",
+            size(ct.data)
+        ))?;
     }
     line("try next:")?;
     line("  ploop template import debian /path/to/rootfs.tar --root ./store")?;
@@ -93,7 +112,10 @@ fn run(d: &Demo, dir: &Path) -> Result<()> {
 fn collect_rootfs(to: &Path) -> Result<usize> {
     let mut files: Vec<PathBuf> = Vec::new();
     for tool in TOOLS {
-        let found = ["/usr/bin", "/bin"].iter().map(|d| Path::new(d).join(tool)).find(|p| p.exists());
+        let found = ["/usr/bin", "/bin"]
+            .iter()
+            .map(|d| Path::new(d).join(tool))
+            .find(|p| p.exists());
         let Some(path) = found else { continue };
         let out = Command::new("ldd").arg(&path).output();
         let out = out.map_err(|e| Error::io("run ldd for", &path, e))?;
@@ -128,7 +150,11 @@ impl Serving {
     fn start(store: &Path, socket: &Path) -> Result<Serving> {
         let exe = std::env::current_exe().map_err(|e| Error::io("find", "the ploop command", e))?;
         let mut command = Command::new(&exe);
-        command.args(["serve", "--store", "--root"]).arg(store).arg("--socket").arg(socket);
+        command
+            .args(["serve", "--store", "--root"])
+            .arg(store)
+            .arg("--socket")
+            .arg(socket);
         let child = command.stdout(Stdio::null()).spawn();
         let mut serving = Serving(child.map_err(|e| Error::io("start", exe, e))?);
         for _ in 0..500 {
@@ -195,7 +221,10 @@ fn mount_and_run(dir: &Path, socket: &Path) -> Result<std::result::Result<String
         return Ok(Err("that needs root".into()));
     }
     let has = |tool| {
-        std::env::var("PATH").unwrap_or_default().split(':').any(|d| Path::new(d).join(tool).exists())
+        std::env::var("PATH")
+            .unwrap_or_default()
+            .split(':')
+            .any(|d| Path::new(d).join(tool).exists())
     };
     if !has("nbdfuse") || !Path::new("/dev/fuse").exists() {
         return Ok(Err("nbdfuse is missing: apt-get install libnbd-bin".into()));
@@ -204,11 +233,25 @@ fn mount_and_run(dir: &Path, socket: &Path) -> Result<std::result::Result<String
     fs::write(&file, "").map_err(|e| Error::io("create", &file, e))?;
     fs::create_dir(&mnt).map_err(|e| Error::io("create", &mnt, e))?;
     let uri = format!("nbd+unix:///{CT}?socket={}", socket.display());
-    let fuse = Command::new("nbdfuse").arg(&file).arg(uri).stderr(Stdio::null()).spawn();
+    let fuse = Command::new("nbdfuse")
+        .arg(&file)
+        .arg(uri)
+        .stderr(Stdio::null())
+        .spawn();
     let mut fuse = fuse.map_err(|e| Error::io("start", "nbdfuse", e))?;
     let said = mounted(&file, &mnt);
-    drop(Command::new("umount").arg(&mnt).stderr(Stdio::null()).status());
-    drop(Command::new("umount").arg(&file).stderr(Stdio::null()).status());
+    drop(
+        Command::new("umount")
+            .arg(&mnt)
+            .stderr(Stdio::null())
+            .status(),
+    );
+    drop(
+        Command::new("umount")
+            .arg(&file)
+            .stderr(Stdio::null())
+            .status(),
+    );
     drop(fuse.wait());
     Ok(said)
 }
@@ -226,8 +269,13 @@ fn mounted(file: &Path, mnt: &Path) -> std::result::Result<String, String> {
         Err(e) => Err(e.to_string()),
     };
     // The partition begins at 1 MiB.
-    run(Command::new("mount").args(["-o", "loop,offset=1048576"]).arg(file).arg(mnt))?;
+    run(Command::new("mount")
+        .args(["-o", "loop,offset=1048576"])
+        .arg(file)
+        .arg(mnt))?;
     let script = "cat /etc/motd > /written && cat /written";
-    let said = run(Command::new("chroot").arg(mnt).args(["/bin/sh", "-c", script]))?;
+    let said = run(Command::new("chroot")
+        .arg(mnt)
+        .args(["/bin/sh", "-c", script]))?;
     Ok(said.trim().to_owned())
 }

@@ -22,23 +22,45 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
     if i.sizes {
         line(format!("size:\t\t{}", info.virtual_size / 512))?;
         line(format!("blocksize:\t{}", info.cluster_size / 512))?;
-        let version = if info.format == "ploop" { info.version } else { 0 };
+        let version = if info.format == "ploop" {
+            info.version
+        } else {
+            0
+        };
         return line(format!("fmt_version:\t{version}"));
     }
     line(format!("path      {}", info.path.display()))?;
     line(format!("format    {} v{}", info.format, info.version))?;
-    line(format!("size      {} ({} bytes)", size(info.virtual_size), info.virtual_size))?;
+    line(format!(
+        "size      {} ({} bytes)",
+        size(info.virtual_size),
+        info.virtual_size
+    ))?;
     line(format!("cluster   {}", size(info.cluster_size)))?;
     line(format!("data      {}", size(info.data)))?;
-    line(format!("in use    {}", if info.in_use { "marked (open, or not closed cleanly)" } else { "no" }))?;
+    line(format!(
+        "in use    {}",
+        if info.in_use {
+            "marked (open, or not closed cleanly)"
+        } else {
+            "no"
+        }
+    ))?;
     if let Some(key) = &info.encryption_key {
         line(format!("encrypted with key {key}"))?;
     }
-    let Some(top) = &info.top_guid else { return Ok(()) };
+    let Some(top) = &info.top_guid else {
+        return Ok(());
+    };
     let rows = info.images.iter().map(|image| {
         let guid = image.guid.clone().unwrap_or_default();
         let current = if guid == *top { "*" } else { "" };
-        let file = image.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = image
+            .file
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let parent = image.parent.clone().unwrap_or_else(|| "-".into());
         vec![current.into(), guid, parent, size(image.data), file]
     });
@@ -54,7 +76,10 @@ pub(crate) fn convert(root: &Path, c: &args::Convert) -> Result<()> {
         To::Qcow2 => Kind::Qcow2,
     };
     let cluster_sectors = c.cluster.map(super::store::cluster_sectors).transpose()?;
-    let to = convert::To { kind, cluster_sectors };
+    let to = convert::To {
+        kind,
+        cluster_sectors,
+    };
     let bar = Bar::new(true);
     let progress = |done, total| bar.at("copy", done, Some(total));
     let mut out = io::stdout().lock();
@@ -75,17 +100,24 @@ pub(crate) fn convert(root: &Path, c: &args::Convert) -> Result<()> {
             "target": c.target, "source_size": done.source_bytes,
             "virtual_size": done.virtual_bytes, "data": done.bytes_written,
         })),
-        (false, false) => {
-            line(format!("{}: {} of {}", c.target, size(done.bytes_written), size(done.virtual_bytes)))
-        }
+        (false, false) => line(format!(
+            "{}: {} of {}",
+            c.target,
+            size(done.bytes_written),
+            size(done.virtual_bytes)
+        )),
     }
 }
 
 pub(crate) fn check(root: &Path, c: &args::Check) -> Result<ExitCode> {
     if c.repair {
-        return Err(Error::unsupported("this version checks, it does not repair yet")
-            .on(&c.source)
-            .fix("Keep a copy, and let OpenVZ's `ploop check` or `qemu-img check -r` repair it"));
+        return Err(
+            Error::unsupported("this version checks, it does not repair yet")
+                .on(&c.source)
+                .fix(
+                    "Keep a copy, and let OpenVZ's `ploop check` or `qemu-img check -r` repair it",
+                ),
+        );
     }
     let (source, options) = super::locate(root, &c.source, &c.from)?;
     let report = fsck::check(&Opener::host(), &source, &options)?;
@@ -94,7 +126,10 @@ pub(crate) fn check(root: &Path, c: &args::Check) -> Result<ExitCode> {
     } else {
         for f in &report.findings {
             let file = f.file.display();
-            line(format!("{file}: offset {:#x}: {}: {}", f.offset, f.kind, f.what))?;
+            line(format!(
+                "{file}: offset {:#x}: {}: {}",
+                f.offset, f.kind, f.what
+            ))?;
         }
         line(format!("{}: {}", c.source, report.class.name()))?;
     }

@@ -53,7 +53,9 @@ fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOpt
         ..OpenOptions::default()
     };
     let direct = Source::parse(opener.store().as_ref(), text);
-    let (name, snapshot) = text.split_once('@').map_or((text, None), |(n, s)| (n, Some(s)));
+    let (name, snapshot) = text
+        .split_once('@')
+        .map_or((text, None), |(n, s)| (n, Some(s)));
     match direct {
         Err(e) if e.kind() == Kind::NotFound && snapshots::name::check(name).is_ok() => {
             // No store at all is no better answer than the path's.
@@ -77,7 +79,14 @@ fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOpt
             options.allow.push(store.dir().to_path_buf());
             let path = dir.join(ploop::disk::open::DESCRIPTOR);
             let snapshot = snapshot.map(str::to_owned);
-            Ok((Source { path, descriptor: true, snapshot }, options))
+            Ok((
+                Source {
+                    path,
+                    descriptor: true,
+                    snapshot,
+                },
+                options,
+            ))
         }
         Err(e) => Err(e),
         Ok(source) => {
@@ -89,10 +98,14 @@ fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOpt
 
 /// A disk directory that lies in a store (`ROOT/containers/NAME`) may use that store's layers.
 fn allow_own_store(source: &Source, options: &mut OpenOptions) {
-    let Ok(real) = std::fs::canonicalize(&source.path) else { return };
+    let Ok(real) = std::fs::canonicalize(&source.path) else {
+        return;
+    };
     let mut up = real.ancestors().skip(2);
     let (room, store) = (up.next(), up.next());
-    let in_room = room.and_then(Path::file_name).is_some_and(|r| r == "containers" || r == "templates");
+    let in_room = room
+        .and_then(Path::file_name)
+        .is_some_and(|r| r == "containers" || r == "templates");
     if let Some(store) = store
         && source.descriptor
         && in_room

@@ -15,14 +15,18 @@ use crate::output::{line, print_json};
 /// `ploop init`: the image, then its descriptor; on error neither stays.
 pub(crate) fn init(i: &Init) -> Result<()> {
     if i.fstype != "none" {
-        return Err(Error::unsupported(format!("-t {}: no filesystem is made here", i.fstype))
-            .fix("Use -t none, or `ploop template import` and `ploop create`"));
+        return Err(
+            Error::unsupported(format!("-t {}: no filesystem is made here", i.fstype))
+                .fix("Use -t none, or `ploop template import` and `ploop create`"),
+        );
     }
     let version = match (i.format.as_str(), i.version) {
         ("expanded", 2) => Version::V2,
         ("expanded", _) | ("ploop1", _) => Version::V1,
         (other, _) => {
-            return Err(Error::unsupported(format!("-f {other}: expanded and ploop1 are made here")));
+            return Err(Error::unsupported(format!(
+                "-f {other}: expanded and ploop1 are made here"
+            )));
         }
     };
     let opener = Opener::host();
@@ -67,7 +71,9 @@ pub(crate) fn snapshot_list(s: &SnapshotList) -> Result<()> {
     let opener = Opener::host();
     let source = Source::parse(opener.store().as_ref(), &s.descriptor)?;
     if !source.descriptor {
-        return Err(Error::invalid("snapshots are listed of a DiskDescriptor.xml").on(&source.path));
+        return Err(
+            Error::invalid("snapshots are listed of a DiskDescriptor.xml").on(&source.path),
+        );
     }
     let d = opener.read_descriptor(&source.path)?;
     let only = s.id.as_deref().map(Guid::parse).transpose()?;
@@ -78,8 +84,16 @@ pub(crate) fn snapshot_list(s: &SnapshotList) -> Result<()> {
         if only.is_some_and(|g| g != shot.guid) || (s.snapshots_only && current) {
             continue;
         }
-        let file = d.image(shot.guid).map(|i| i.file.clone()).unwrap_or_default();
-        rows.push((shot.parent.to_string(), current, shot.guid.to_string(), file));
+        let file = d
+            .image(shot.guid)
+            .map(|i| i.file.clone())
+            .unwrap_or_default();
+        rows.push((
+            shot.parent.to_string(),
+            current,
+            shot.guid.to_string(),
+            file,
+        ));
     }
     if let Some(guid) = only
         && rows.is_empty()
@@ -96,11 +110,20 @@ pub(crate) fn snapshot_list(s: &SnapshotList) -> Result<()> {
     }
     let width = |c: &str| if c == "current" { 1 } else { 38 };
     let format = |cells: Vec<String>| {
-        let padded = cells.iter().zip(&columns).map(|(v, c)| format!("{v:<w$}", w = width(c)));
+        let padded = cells
+            .iter()
+            .zip(&columns)
+            .map(|(v, c)| format!("{v:<w$}", w = width(c)));
         padded.collect::<Vec<_>>().join(" ").trim_end().to_owned()
     };
     if !s.no_header {
-        let title = |c: &&str| if *c == "current" { "C".to_owned() } else { c.to_uppercase() };
+        let title = |c: &&str| {
+            if *c == "current" {
+                "C".to_owned()
+            } else {
+                c.to_uppercase()
+            }
+        };
         line(format(columns.iter().map(title).collect()))?;
     }
     for (parent, current, uuid, fname) in rows {

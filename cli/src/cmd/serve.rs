@@ -55,9 +55,15 @@ fn run(exports: Arc<dyn Exports>, s: &args::Serve) -> Result<()> {
         places.extend(bound.iter().map(ToString::to_string));
     }
     if s.activation && server.listen_activated(s.insecure_listen)? == 0 {
-        return Err(Error::invalid("--activation: systemd passed no sockets (LISTEN_FDS)"));
+        return Err(Error::invalid(
+            "--activation: systemd passed no sockets (LISTEN_FDS)",
+        ));
     }
-    server.run_ready(|| places.iter().try_for_each(|p| line(format!("listening on {p}"))))
+    server.run_ready(|| {
+        places
+            .iter()
+            .try_for_each(|p| line(format!("listening on {p}")))
+    })
 }
 
 /// A container's name, or the file's: `…/NAME/DiskDescriptor.xml`, `…/NAME.hds`.
@@ -67,7 +73,9 @@ fn export_name(source: &Source) -> String {
         true => real.parent().and_then(Path::file_name),
         false => real.file_stem(),
     };
-    let name = named.map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = named
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
     match &source.snapshot {
         Some(snapshot) => format!("{name}@{snapshot}"),
         None => name,
@@ -78,7 +86,10 @@ fn export_name(source: &Source) -> String {
 fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    let wanted = Rlimit { current: limit.maximum, ..limit };
+    let wanted = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
     if let Err(e) = setrlimit(Resource::Nofile, wanted) {
         tracing::warn!(error = %e, "the limit of open files stays as it is");
     }

@@ -26,8 +26,12 @@ pub(crate) fn template(root: &Path, command: &Template) -> Result<()> {
 /// its name says so.
 fn import_source(store: &dyn Store, i: &args::Import) -> Result<ImportSource> {
     let path = Path::new(&i.source);
-    let archive = [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".txz", ".tbz2"];
-    if store.resolve(path).is_ok_and(|p| matches!(store.kind(&p), Ok(Some(EntryKind::Dir))))
+    let archive = [
+        ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".txz", ".tbz2",
+    ];
+    if store
+        .resolve(path)
+        .is_ok_and(|p| matches!(store.kind(&p), Ok(Some(EntryKind::Dir))))
         && !path.join(ploop::disk::open::DESCRIPTOR).exists()
     {
         return Ok(ImportSource::Root(RootSource::Dir(path.to_path_buf())));
@@ -80,7 +84,12 @@ fn import(root: &Path, i: &args::Import) -> Result<()> {
         }));
     }
     let took = duration(began.elapsed());
-    line(format!("template {}: {} of {} in {took}", i.name, size(done.data), size(done.size)))
+    line(format!(
+        "template {}: {} of {} in {took}",
+        i.name,
+        size(done.data),
+        size(done.size)
+    ))
 }
 
 /// A cluster size from bytes, as the format wants it.
@@ -88,7 +97,9 @@ pub(super) fn cluster_sectors(bytes: u64) -> Result<u32> {
     let fits = bytes.is_power_of_two() && (32 << 10..=64 << 20).contains(&bytes);
     let sectors = u32::try_from(bytes / 512).ok().filter(|_| fits);
     sectors.ok_or_else(|| {
-        Error::invalid(format!("cluster size of {bytes} bytes: a power of two from 32K to 64M"))
+        Error::invalid(format!(
+            "cluster size of {bytes} bytes: a power of two from 32K to 64M"
+        ))
     })
 }
 
@@ -99,7 +110,14 @@ fn template_list(root: &Path, json: Json) -> Result<()> {
     }
     let row = |t: listing::TemplateEntry| {
         let fs = t.filesystem.unwrap_or_else(|| "-".into());
-        vec![t.name, size(t.size), size(t.data), t.clones.to_string(), fs, t.source]
+        vec![
+            t.name,
+            size(t.size),
+            size(t.data),
+            t.clones.to_string(),
+            fs,
+            t.source,
+        ]
     };
     let header = ["TEMPLATE", ">SIZE", ">DATA", ">CLONES", "FS", "SOURCE"];
     table(&header, entries.into_iter().map(row).collect())
@@ -128,9 +146,10 @@ pub(crate) fn create(root: &Path, c: &args::Create) -> Result<()> {
     let mut made = Vec::new();
     for name in &c.names {
         let began = Instant::now();
-        let done = snapshots::create_container(&root, name, &c.template, &options, &|done, total| {
-            bar.at("grow", done, Some(total));
-        })?;
+        let done =
+            snapshots::create_container(&root, name, &c.template, &options, &|done, total| {
+                bar.at("grow", done, Some(total));
+            })?;
         let took = began.elapsed();
         if c.json.json {
             made.push(json!({
@@ -144,9 +163,17 @@ pub(crate) fn create(root: &Path, c: &args::Create) -> Result<()> {
             Some(g) if !g.cached => format!(", {} to grow the filesystem", size(g.data)),
             _ => String::new(),
         };
-        line(format!("container {name}: {} in {}{grown}", size(done.size), duration(took)))?;
+        line(format!(
+            "container {name}: {} in {}{grown}",
+            size(done.size),
+            duration(took)
+        ))?;
     }
-    if c.json.json { print_json(&made) } else { Ok(()) }
+    if c.json.json {
+        print_json(&made)
+    } else {
+        Ok(())
+    }
 }
 
 pub(crate) fn list(root: &Path, json: Json) -> Result<()> {
@@ -156,7 +183,13 @@ pub(crate) fn list(root: &Path, json: Json) -> Result<()> {
     }
     let row = |c: listing::ContainerEntry| {
         let template = c.template.unwrap_or_else(|| "-".into());
-        vec![c.name, size(c.size), size(c.data), c.depth.to_string(), template]
+        vec![
+            c.name,
+            size(c.size),
+            size(c.data),
+            c.depth.to_string(),
+            template,
+        ]
     };
     let header = ["CONTAINER", ">SIZE", ">DATA", ">DEPTH", "TEMPLATE"];
     table(&header, entries.into_iter().map(row).collect())

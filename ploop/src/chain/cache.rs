@@ -43,7 +43,10 @@ impl LayerCache {
 
     /// The merged map of `deltas`, shared with whoever has the same files open.
     pub fn chain(&self, deltas: Vec<Arc<dyn Delta>>) -> Result<Arc<Chain>> {
-        let key: ChainKey = deltas.iter().map(|d| (d.file().id(), d.cluster_bytes())).collect();
+        let key: ChainKey = deltas
+            .iter()
+            .map(|d| (d.file().id(), d.cluster_bytes()))
+            .collect();
         let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = chains.get(&key).and_then(Weak::upgrade) {
             return Ok(found);

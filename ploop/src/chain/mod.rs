@@ -58,7 +58,10 @@ impl Chain {
             return Err(Error::invalid("a chain needs one delta at least"));
         };
         if deltas.len() > DEPTH_MAX {
-            let what = format!("a chain of {} deltas; {DEPTH_MAX} is the limit", deltas.len());
+            let what = format!(
+                "a chain of {} deltas; {DEPTH_MAX} is the limit",
+                deltas.len()
+            );
             return Err(Error::unsupported(what).on(top.file().path()));
         }
         let size = top.size();
@@ -90,7 +93,13 @@ impl Chain {
             .collect();
         clip.reverse();
         let pages = Paged::new(size.div_ceil(unit).div_ceil(PAGE));
-        Ok(Chain { deltas, clip, unit, size, pages })
+        Ok(Chain {
+            deltas,
+            clip,
+            unit,
+            size,
+            pages,
+        })
     }
 
     /// Virtual size in bytes.
@@ -164,7 +173,9 @@ impl Chain {
         let mut entries = vec![UNRESOLVED; PAGE as usize].into_boxed_slice();
         let mut runs: Vec<Run> = Vec::new();
         for (layer, delta) in self.deltas.iter().enumerate().rev() {
-            let Some(hull) = unresolved(&entries, start, self.unit) else { break };
+            let Some(hull) = unresolved(&entries, start, self.unit) else {
+                break;
+            };
             let stop = hull.end.min(end).min(self.clip[layer]);
             if hull.start >= stop {
                 continue;
@@ -238,8 +249,14 @@ pub fn push_segment(segments: &mut Vec<Segment>, offset: u64, len: u64, place: S
         let joins = match (last.place, place) {
             (SegmentPlace::Hole, SegmentPlace::Hole) => true,
             (
-                SegmentPlace::File { layer: a, offset: x },
-                SegmentPlace::File { layer: b, offset: y },
+                SegmentPlace::File {
+                    layer: a,
+                    offset: x,
+                },
+                SegmentPlace::File {
+                    layer: b,
+                    offset: y,
+                },
             ) => a == b && x + last.len == y,
             (SegmentPlace::Through { layer: a }, SegmentPlace::Through { layer: b }) => a == b,
             _ => false,

@@ -29,13 +29,17 @@ impl Disk {
     pub(super) fn erase(&self, range: Range<u64>, how: How) -> Result<()> {
         let top = self.top()?;
         top.check_latch()?;
-        if let How::Zero(ZeroMode { only_if_fast: true, .. }) = how {
+        if let How::Zero(ZeroMode {
+            only_if_fast: true, ..
+        }) = how
+        {
             self.refuse_slow(&range)?;
         }
         let mut at = range.start;
         while at < range.end {
             // Steps end on cluster borders, so that no cluster is looked at in two of them.
-            let step = at.saturating_add(STEP_CLUSTERS * self.cluster) / self.cluster * self.cluster;
+            let step =
+                at.saturating_add(STEP_CLUSTERS * self.cluster) / self.cluster * self.cluster;
             let stop = unmapped_run(top, at..step.min(range.end))?;
             at = if stop > at {
                 self.erase_below(at..stop, how)?;
@@ -51,7 +55,9 @@ impl Disk {
     /// file; returns where it stopped.
     fn erase_mapped(&self, range: Range<u64>, how: How) -> Result<u64> {
         let top = self.top()?;
-        let Some(first) = top.lookup(range.start / self.cluster)? else { return Ok(range.start) };
+        let Some(first) = top.lookup(range.start / self.cluster)? else {
+            return Ok(range.start);
+        };
         let start = first + range.start % self.cluster;
         let mut stop = part(&range, range.start / self.cluster, self.cluster).end;
         while stop < range.end {
@@ -136,7 +142,10 @@ impl Disk {
 
     /// Refuses a range that cannot be zeroed without copying data from below.
     fn refuse_slow(&self, range: &Range<u64>) -> Result<()> {
-        let ends = [range.start / self.cluster, range.end.saturating_sub(1) / self.cluster];
+        let ends = [
+            range.start / self.cluster,
+            range.end.saturating_sub(1) / self.cluster,
+        ];
         for cluster in ends {
             let covered = part(range, cluster, self.cluster);
             if covered.start >= covered.end || self.top()?.lookup(cluster)?.is_some() {

@@ -137,7 +137,12 @@ impl Opener {
                 (delta.version(), delta.cluster_bytes())
             }
         };
-        Ok(Facts { format, version, cluster, image })
+        Ok(Facts {
+            format,
+            version,
+            cluster,
+            image,
+        })
     }
 }
 

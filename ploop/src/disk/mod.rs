@@ -53,14 +53,21 @@ impl Stack {
         match &self.below {
             Some(chain) => chain.map(range, out),
             None => {
-                push_segment(out, range.start, range.end - range.start, SegmentPlace::Hole);
+                push_segment(
+                    out,
+                    range.start,
+                    range.end - range.start,
+                    SegmentPlace::Hole,
+                );
                 Ok(())
             }
         }
     }
 
     fn map(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
-        let Some(top) = &self.top else { return self.map_below(range, out) };
+        let Some(top) = &self.top else {
+            return self.map_below(range, out);
+        };
         let cluster = top.header().cluster_bytes();
         let layer = self.top_layer();
         let mut at = range.start;
@@ -74,7 +81,10 @@ impl Stack {
             let stop = ((at / cluster + 1) * cluster).min(range.end);
             // `unmapped_run` saw an entry here, and entries never go away.
             if let Some(offset) = top.lookup(at / cluster)? {
-                let place = SegmentPlace::File { layer, offset: offset + at % cluster };
+                let place = SegmentPlace::File {
+                    layer,
+                    offset: offset + at % cluster,
+                };
                 push_segment(out, at, stop - at, place);
             }
             at = stop;
@@ -117,7 +127,9 @@ impl Layers for Stack {
     fn fault(&self, layer: u32, offset: u64) -> Error {
         match &self.below {
             Some(chain) => chain.fault(layer, offset),
-            None => Error::corrupt("damaged entry").on(self.file(layer).path()).at(offset),
+            None => Error::corrupt("damaged entry")
+                .on(self.file(layer).path())
+                .at(offset),
         }
     }
 }
@@ -136,7 +148,15 @@ impl Disk {
     /// A read-only disk of a sealed chain.
     pub fn sealed(chain: Arc<Chain>) -> Disk {
         let (size, cluster) = (chain.size(), chain.unit());
-        Disk { stack: Arc::new(Stack { below: Some(chain), top: None }), size, cluster, _lock: None }
+        Disk {
+            stack: Arc::new(Stack {
+                below: Some(chain),
+                top: None,
+            }),
+            size,
+            cluster,
+            _lock: None,
+        }
     }
 
     /// A writable disk: `top` over `below`. Error: `Invalid` when what is below is larger, or its
@@ -160,14 +180,23 @@ impl Disk {
                 return Err(Error::corrupt(what).on(top.file().path()));
             }
         }
-        let stack = Arc::new(Stack { below, top: Some(Arc::new(top)) });
-        Ok(Disk { stack, size, cluster, _lock: lock })
+        let stack = Arc::new(Stack {
+            below,
+            top: Some(Arc::new(top)),
+        });
+        Ok(Disk {
+            stack,
+            size,
+            cluster,
+            _lock: lock,
+        })
     }
 
     fn top(&self) -> Result<&Arc<Top>> {
-        self.stack.top.as_ref().ok_or_else(|| {
-            Error::new(Kind::ReadOnly, "the disk is open read-only").on(self.path())
-        })
+        self.stack
+            .top
+            .as_ref()
+            .ok_or_else(|| Error::new(Kind::ReadOnly, "the disk is open read-only").on(self.path()))
     }
 
     /// What lies below the top; of a read-only disk, all of it.
@@ -178,7 +207,11 @@ impl Disk {
     /// The file of the uppermost layer.
     pub fn path(&self) -> &std::path::Path {
         let top_layer = self.stack.top_layer();
-        let layer = if self.stack.top.is_some() { top_layer } else { top_layer - 1 };
+        let layer = if self.stack.top.is_some() {
+            top_layer
+        } else {
+            top_layer - 1
+        };
         self.stack.file(layer).path()
     }
 
@@ -296,6 +329,10 @@ fn push_extent(out: &mut Vec<Extent>, len: u64, hole: bool) {
     }
     match out.last_mut() {
         Some(last) if last.hole == hole => last.len += len,
-        _ => out.push(Extent { len, hole, zero: hole }),
+        _ => out.push(Extent {
+            len,
+            hole,
+            zero: hole,
+        }),
     }
 }

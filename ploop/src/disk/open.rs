@@ -16,12 +16,12 @@ use super::Disk;
 use crate::chain::cache::LayerCache;
 use crate::descriptor::{self, Descriptor, Guid, Temporary};
 use crate::error::{Error, Kind, Result};
+use crate::format::Delta;
 use crate::format::ploop::header::has_signature;
 use crate::format::ploop::top::Top;
 use crate::format::ploop::{Header, PloopDelta};
 use crate::format::qcow2;
 use crate::format::raw::RawDelta;
-use crate::format::Delta;
 use crate::locks::{DiskLock, Use, lock_image};
 use crate::store::{Access, EntryKind, Store, StoreFile};
 
@@ -75,7 +75,11 @@ impl Source {
         {
             return Ok(source);
         }
-        Err(Error::new(Kind::NotFound, "no such image, disk directory or descriptor").on(text))
+        Err(Error::new(
+            Kind::NotFound,
+            "no such image, disk directory or descriptor",
+        )
+        .on(text))
     }
 
     fn at(store: &dyn Store, path: &Path, snapshot: Option<String>) -> Result<Option<Source>> {
@@ -84,7 +88,9 @@ impl Source {
             Err(_) => return Ok(None),
             Ok(real) => real,
         };
-        let is_xml = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("xml"));
+        let is_xml = path
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("xml"));
         match store.kind(&real)? {
             Some(EntryKind::Dir) => {
                 let path = path.join(DESCRIPTOR);
@@ -92,9 +98,17 @@ impl Source {
                     let what = format!("the directory has no {DESCRIPTOR}: it is no disk");
                     return Err(Error::new(Kind::NotFound, what).on(real));
                 }
-                Ok(Some(Source { path, descriptor: true, snapshot }))
+                Ok(Some(Source {
+                    path,
+                    descriptor: true,
+                    snapshot,
+                }))
             }
-            Some(_) => Ok(Some(Source { path: path.to_owned(), descriptor: is_xml, snapshot })),
+            Some(_) => Ok(Some(Source {
+                path: path.to_owned(),
+                descriptor: is_xml,
+                snapshot,
+            })),
             None => Ok(None),
         }
     }
@@ -132,12 +146,19 @@ struct Files {
 impl Opener {
     /// On the host's files, with the lock of each disk directory that is opened for writing.
     pub fn host() -> Opener {
-        Opener { disk_locks: true, ..Opener::on(crate::store::RealStore::shared()) }
+        Opener {
+            disk_locks: true,
+            ..Opener::on(crate::store::RealStore::shared())
+        }
     }
 
     /// On any store, without disk directory locks (their files are the host's own).
     pub fn on(store: Arc<dyn Store>) -> Opener {
-        Opener { store, cache: LayerCache::default(), disk_locks: false }
+        Opener {
+            store,
+            cache: LayerCache::default(),
+            disk_locks: false,
+        }
     }
 
     /// The store it opens files of.
@@ -151,8 +172,10 @@ impl Opener {
             return self.open_descriptor(source, options);
         }
         if source.snapshot.is_some() {
-            return Err(Error::unsupported("a single image has no snapshots to choose from")
-                .on(&source.path));
+            return Err(
+                Error::unsupported("a single image has no snapshots to choose from")
+                    .on(&source.path),
+            );
         }
         self.open_image(&source.path, options)
     }
@@ -185,9 +208,9 @@ impl Opener {
             let file = self.store.open(real, Access::Read)?;
             if let Some(backing) = qcow2::Qcow2Delta::open(file)?.backing() {
                 let what = format!("the image names a backing file, {:?}", backing.name);
-                return Err(Error::new(Kind::Permission, what).on(real).fix(
-                    "Flatten it where it comes from: ploop convert IMAGE FLAT.raw --to raw",
-                ));
+                return Err(Error::new(Kind::Permission, what)
+                    .on(real)
+                    .fix("Flatten it where it comes from: ploop convert IMAGE FLAT.raw --to raw"));
             }
         }
         let mut allowed: Vec<&Path> = options.allow.iter().map(PathBuf::as_path).collect();
@@ -221,9 +244,8 @@ impl Opener {
     ) -> Result<Vec<(Guid, PathBuf)>> {
         let xml = self.store.resolve(xml)?;
         let (dir, allowed) = self.rooms(&xml, options)?;
-        let file = |i: &descriptor::Image| {
-            Ok((i.guid, self.confined(&dir.join(&i.file), &allowed)?))
-        };
+        let file =
+            |i: &descriptor::Image| Ok((i.guid, self.confined(&dir.join(&i.file), &allowed)?));
         d.images.iter().map(file).collect()
     }
 
@@ -250,10 +272,12 @@ impl Opener {
         } else if qcow2::is_qcow2(&head[..got]) {
             Ok(Format::Qcow2)
         } else {
-            Err(Error::corrupt("neither the signature of a ploop image nor that of a qcow2 image")
-                .on(path)
-                .at(0)
-                .fix("If it is a raw image, say so: --from raw"))
+            Err(
+                Error::corrupt("neither the signature of a ploop image nor that of a qcow2 image")
+                    .on(path)
+                    .at(0)
+                    .fix("If it is a raw image, say so: --from raw"),
+            )
         }
     }
 
@@ -298,15 +322,23 @@ impl Opener {
         if options.write {
             refuse_read_only(&d, node).map_err(|e| e.on(&source.path))?;
         }
-        let mut files = self.node_files(&d, node, &dir, &allowed).map_err(|e| match e.path() {
-            Some(_) => e,
-            None => e.on(&source.path),
-        })?;
-        let top = if options.write { files.images.pop() } else { None };
+        let mut files = self
+            .node_files(&d, node, &dir, &allowed)
+            .map_err(|e| match e.path() {
+                Some(_) => e,
+                None => e.on(&source.path),
+            })?;
+        let top = if options.write {
+            files.images.pop()
+        } else {
+            None
+        };
         if top.is_some() && files.images.is_empty() && files.base_is_raw {
-            return Err(Error::unsupported("a raw disk without an overlay is read-only here")
-                .on(&source.path)
-                .fix("Convert it: ploop convert SOURCE TARGET --to ploop"));
+            return Err(
+                Error::unsupported("a raw disk without an overlay is read-only here")
+                    .on(&source.path)
+                    .fix("Convert it: ploop convert SOURCE TARGET --to ploop"),
+            );
         }
         let deltas = self.layers(&files)?;
         if d.shot(node).is_some_and(|s| s.temporary != Temporary::No)
@@ -344,11 +376,20 @@ impl Opener {
         allowed: &[PathBuf],
         deltas: &[Arc<dyn Delta>],
     ) -> Result<bool> {
-        let Some(parent) = deltas.last().filter(|l| is_dirty(l.as_ref())) else { return Ok(false) };
-        let [child] = d.children(node)[..] else { return Ok(true) };
-        let Some(image) = d.image(child) else { return Ok(true) };
+        let Some(parent) = deltas.last().filter(|l| is_dirty(l.as_ref())) else {
+            return Ok(false);
+        };
+        let [child] = d.children(node)[..] else {
+            return Ok(true);
+        };
+        let Some(image) = d.image(child) else {
+            return Ok(true);
+        };
         let child = self.layer(&self.confined(&dir.join(&image.file), allowed)?, Some(0))?;
-        Ok(!crate::verify::merge_untouched(parent.as_ref(), child.as_ref())?)
+        Ok(!crate::verify::merge_untouched(
+            parent.as_ref(),
+            child.as_ref(),
+        )?)
     }
 
     /// The files of `node`, base first, parent volumes included, each inside `allowed`.
@@ -376,9 +417,13 @@ impl Opener {
                 }
                 files.images.push(path);
             }
-            let Some(outer) = d.outer_parent(node)? else { break };
+            let Some(outer) = d.outer_parent(node)? else {
+                break;
+            };
             let Some(parent) = d.volume.as_ref().and_then(|v| v.parent.as_deref()) else {
-                return Err(Error::corrupt(format!("parent {outer} is not in the descriptor")));
+                return Err(Error::corrupt(format!(
+                    "parent {outer} is not in the descriptor"
+                )));
             };
             dir = self.confined(&dir.join(parent), allowed)?;
             if seen.contains(&dir) || seen.len() == VOLUMES_MAX {
@@ -397,9 +442,9 @@ impl Opener {
     fn confined(&self, path: &Path, allowed: &[PathBuf]) -> Result<PathBuf> {
         let outside = |real: &Path| {
             let what = "the descriptor names a file outside of the disk's directory";
-            Error::new(Kind::Permission, what).on(real).fix(
-                "If that is meant, allow its directory with --allow-dir DIR",
-            )
+            Error::new(Kind::Permission, what)
+                .on(real)
+                .fix("If that is meant, allow its directory with --allow-dir DIR")
         };
         // Before anything is looked up: names outside are not even probed for existence.
         let plain = lexical(path);
@@ -478,7 +523,9 @@ fn same_cluster(header: &Header, file: &dyn StoreFile, cluster_sectors: u32) -> 
 }
 
 fn same_version(deltas: &[Arc<dyn Delta>], top: &Header, file: &dyn StoreFile) -> Result<()> {
-    let Some(last) = deltas.last() else { return Ok(()) };
+    let Some(last) = deltas.last() else {
+        return Ok(());
+    };
     match crate::format::ploop::delta::read_header(last.file().as_ref()) {
         Ok((below, _)) if below.version != top.version => Err(mixed_versions(file, top, &below)),
         // A raw base has no header.
@@ -500,7 +547,10 @@ fn find_snapshot(d: &Descriptor, name: &str) -> Result<Guid> {
         .map_err(|_| Error::new(Kind::NotFound, format!("no snapshot is named {name:?}")))?;
     match d.shot(guid) {
         Some(_) => Ok(guid),
-        None => Err(Error::new(Kind::NotFound, format!("the disk has no snapshot {guid}"))),
+        None => Err(Error::new(
+            Kind::NotFound,
+            format!("the disk has no snapshot {guid}"),
+        )),
     }
 }
 

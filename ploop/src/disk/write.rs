@@ -30,7 +30,11 @@ pub(super) struct NewClusters {
 
 impl NewClusters {
     pub(super) fn new(top: &Arc<Top>) -> NewClusters {
-        NewClusters { top: top.clone(), entries: Vec::new(), locked: Vec::new() }
+        NewClusters {
+            top: top.clone(),
+            entries: Vec::new(),
+            locked: Vec::new(),
+        }
     }
 
     /// Locks a guest cluster and looks again: `Some` when another writer has mapped it meanwhile,
@@ -150,7 +154,9 @@ impl Disk {
                 Some(offset) => offset,
                 None => {
                     // Every cluster that was not found was just allocated.
-                    let Some(offset) = new.offset_of(cluster) else { continue };
+                    let Some(offset) = new.offset_of(cluster) else {
+                        continue;
+                    };
                     self.complete(cluster, offset, &covered)?;
                     offset
                 }
@@ -168,7 +174,12 @@ impl Disk {
         let top = self.top()?;
         for rest in [start..covered.start, covered.end..end] {
             if rest.start < rest.end {
-                copy_below(&self.stack, top, rest.clone(), offset + (rest.start - start))?;
+                copy_below(
+                    &self.stack,
+                    top,
+                    rest.clone(),
+                    offset + (rest.start - start),
+                )?;
             }
         }
         Ok(())
@@ -190,7 +201,13 @@ fn copy_below(stack: &Arc<Stack>, top: &Top, range: Range<u64>, file_offset: u64
     let mut buf = Vec::new();
     for s in segments.iter().filter(|s| s.place != SegmentPlace::Hole) {
         buf.resize(COPY.min(s.len as usize), 0);
-        copy_segment(&lease, s, top, file_offset + (s.offset - range.start), &mut buf)?;
+        copy_segment(
+            &lease,
+            s,
+            top,
+            file_offset + (s.offset - range.start),
+            &mut buf,
+        )?;
     }
     Ok(())
 }
@@ -210,11 +227,16 @@ fn copy_segment(
         let mut at = 0;
         while at < n {
             let run = |zero: bool| {
-                piece[at..].chunks(BLOCK).take_while(|b| is_zero(b) == zero).map(<[u8]>::len).sum()
+                piece[at..]
+                    .chunks(BLOCK)
+                    .take_while(|b| is_zero(b) == zero)
+                    .map(<[u8]>::len)
+                    .sum()
             };
             let data: usize = run(false);
             if data > 0 {
-                top.file().write_at(&piece[at..at + data], file_offset + done + at as u64)?;
+                top.file()
+                    .write_at(&piece[at..at + data], file_offset + done + at as u64)?;
                 at += data;
             } else {
                 at += run(true);

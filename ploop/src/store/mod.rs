@@ -161,7 +161,10 @@ pub fn read_exact(file: &dyn StoreFile, buf: &mut [u8], offset: u64) -> Result<(
     }
     Err(Error::new(
         Kind::Corrupt,
-        format!("the file ends after {got} of {} bytes needed here", buf.len()),
+        format!(
+            "the file ends after {got} of {} bytes needed here",
+            buf.len()
+        ),
     )
     .on(file.path())
     .at(offset))

@@ -44,7 +44,10 @@ fn open_file(path: &Path, options: &mut OpenOptions, what: &str) -> Result<Arc<d
     }
     Ok(Arc::new(RealFile {
         path: path.to_path_buf(),
-        id: FileId { dev: meta.dev(), ino: meta.ino() },
+        id: FileId {
+            dev: meta.dev(),
+            ino: meta.ino(),
+        },
         file,
     }))
 }
@@ -92,7 +95,8 @@ impl Store for RealStore {
         let flags = i32::try_from(OFlags::DIRECTORY.bits()).unwrap_or_default();
         let dir = OpenOptions::new().read(true).custom_flags(flags).open(path);
         let dir = dir.map_err(|e| Error::io("open directory", path, e))?;
-        dir.sync_all().map_err(|e| Error::io("sync directory", path, e))
+        dir.sync_all()
+            .map_err(|e| Error::io("sync directory", path, e))
     }
 
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
@@ -108,7 +112,12 @@ impl Store for RealStore {
     fn kind(&self, path: &Path) -> Result<Option<EntryKind>> {
         let meta = match fs::symlink_metadata(path) {
             Ok(meta) => meta,
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
                 return Ok(None);
             }
             Err(e) => return Err(Error::io("stat", path, e)),
@@ -121,7 +130,9 @@ impl Store for RealStore {
         } else if t.is_symlink() {
             EntryKind::Link
         } else {
-            debug_assert!(t.is_block_device() || t.is_char_device() || t.is_fifo() || t.is_socket());
+            debug_assert!(
+                t.is_block_device() || t.is_char_device() || t.is_fifo() || t.is_socket()
+            );
             EntryKind::Other
         }))
     }
@@ -174,11 +185,19 @@ impl RealFile {
     }
 
     fn fcntl_lock(&self, command: i32, lock: &mut libc::flock) -> io::Result<()> {
-        // SAFETY: fcntl with a lock command reads and writes one `flock`, which `lock` is, and the
-        // descriptor is open for as long as `self` lives.
-        #[expect(unsafe_code, reason = "rustix locks whole files only; byte ranges need fcntl itself")]
-        let rc = unsafe { libc::fcntl(self.file.as_raw_fd(), command, std::ptr::from_mut(lock)) };
-        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        let lock = std::ptr::from_mut(lock);
+        #[expect(
+            unsafe_code,
+            reason = "rustix locks whole files only; byte ranges need fcntl itself"
+        )]
+        // SAFETY: fcntl with a lock command reads and writes one `flock`, which `lock` points to,
+        // and the descriptor is open for as long as `self` lives.
+        let rc = unsafe { libc::fcntl(self.file.as_raw_fd(), command, lock) };
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 
@@ -202,7 +221,11 @@ impl StoreFile for RealFile {
     }
 
     fn len(&self) -> Result<u64> {
-        Ok(self.file.metadata().map_err(|e| Error::io("stat", &self.path, e))?.len())
+        Ok(self
+            .file
+            .metadata()
+            .map_err(|e| Error::io("stat", &self.path, e))?
+            .len())
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
@@ -219,23 +242,37 @@ impl StoreFile for RealFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.file.write_all_at(buf, offset).map_err(|e| self.err("write", offset, e))
+        self.file
+            .write_all_at(buf, offset)
+            .map_err(|e| self.err("write", offset, e))
     }
 
     fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|e| Error::io("sync", &self.path, e))
+        self.file
+            .sync_data()
+            .map_err(|e| Error::io("sync", &self.path, e))
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.file.set_len(len).map_err(|e| self.err("set the length", len, e))
+        self.file
+            .set_len(len)
+            .map_err(|e| self.err("set the length", len, e))
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        self.make_zero(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        self.make_zero(
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            len,
+        )
     }
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        self.make_zero(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)
+        self.make_zero(
+            FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
+            offset,
+            len,
+        )
     }
 
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
@@ -261,7 +298,8 @@ impl StoreFile for RealFile {
 
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
         let mut lock = flock(libc::F_RDLCK, offset, len);
-        self.fcntl_lock(libc::F_OFD_SETLK, &mut lock).map_err(|e| self.err("lock bytes", offset, e))
+        self.fcntl_lock(libc::F_OFD_SETLK, &mut lock)
+            .map_err(|e| self.err("lock bytes", offset, e))
     }
 
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {

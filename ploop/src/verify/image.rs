@@ -45,9 +45,19 @@ struct Scanner<'a> {
 /// the file not be read); everything else is a finding.
 pub fn scan_image(file: &dyn StoreFile) -> Result<ImageScan> {
     let (header, file_len) = read_header(file)?;
-    let scan =
-        ImageScan { header, file_len, findings: vec![], used: Used::default(), pages: BTreeSet::new() };
-    let mut s = Scanner { file, scan, omitted: 0, owners: Owners::default() };
+    let scan = ImageScan {
+        header,
+        file_len,
+        findings: vec![],
+        used: Used::default(),
+        pages: BTreeSet::new(),
+    };
+    let mut s = Scanner {
+        file,
+        scan,
+        omitted: 0,
+        owners: Owners::default(),
+    };
     s.header_fields();
     s.entries()?;
     s.duplicates();
@@ -58,7 +68,13 @@ pub fn scan_image(file: &dyn StoreFile) -> Result<ImageScan> {
         let at = HEADER_BYTES;
         let path = file.path().to_path_buf();
         let kind = FindingKind::EntryBeyondEof;
-        s.scan.findings.push(Finding { kind, path, offset: at, guest: None, what });
+        s.scan.findings.push(Finding {
+            kind,
+            path,
+            offset: at,
+            guest: None,
+            what,
+        });
     }
     Ok(s.scan)
 }
@@ -70,13 +86,24 @@ impl Scanner<'_> {
             return;
         }
         let path = self.file.path().to_path_buf();
-        self.scan.findings.push(Finding { kind, path, offset, guest, what });
+        self.scan.findings.push(Finding {
+            kind,
+            path,
+            offset,
+            guest,
+            what,
+        });
     }
 
     fn header_fields(&mut self) {
         let h = self.scan.header.clone();
         if h.dirty() {
-            self.found(FindingKind::InUse, 44, None, "the image was not closed cleanly".into());
+            self.found(
+                FindingKind::InUse,
+                44,
+                None,
+                "the image was not closed cleanly".into(),
+            );
         }
         if h.flags & FLAG_CONVERTING != 0 {
             let what = "a conversion between v1 and v2 was interrupted".into();
@@ -195,7 +222,10 @@ impl Scanner<'_> {
             self.found(FindingKind::LeakedTail, used_end, None, what);
         }
         if used > held {
-            let what = format!("{} clusters inside the file that no entry names", used - held);
+            let what = format!(
+                "{} clusters inside the file that no entry names",
+                used - held
+            );
             let at = self.scan.header.data_start;
             self.found(FindingKind::UnreferencedClusters, at, None, what);
         }
@@ -213,16 +243,29 @@ impl Scanner<'_> {
                 self.found(FindingKind::ExtensionDangling, 56, None, what);
             }
             Extension::NoMagic => {
-                let owned = self.scan.used.contains((at - h.data_start) / h.cluster_bytes());
+                let owned = self
+                    .scan
+                    .used
+                    .contains((at - h.data_start) / h.cluster_bytes());
                 let (kind, what) = if owned {
-                    (FindingKind::ExtensionOverlapsData, "the extension's cluster holds guest data")
+                    (
+                        FindingKind::ExtensionOverlapsData,
+                        "the extension's cluster holds guest data",
+                    )
                 } else {
-                    (FindingKind::ExtensionMagic, "the format extension has a wrong magic")
+                    (
+                        FindingKind::ExtensionMagic,
+                        "the format extension has a wrong magic",
+                    )
                 };
                 self.found(kind, 56, None, what.into());
             }
             Extension::Sections(sections) => {
-                if self.scan.used.contains((at - h.data_start) / h.cluster_bytes()) {
+                if self
+                    .scan
+                    .used
+                    .contains((at - h.data_start) / h.cluster_bytes())
+                {
                     let what = "a BAT entry names the cluster of the format extension".into();
                     self.found(FindingKind::ExtensionOverlapsData, 56, None, what);
                 }

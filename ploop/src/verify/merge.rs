@@ -37,7 +37,9 @@ pub fn merge_untouched(parent: &dyn Delta, child: &dyn Delta) -> Result<bool> {
 
 /// True when the two runs have no equal sector at the same guest offset.
 fn differ(parent: &dyn Delta, child: &dyn Delta, a: &Run, b: &Run) -> Result<bool> {
-    let (Place::File(a_at), Place::File(b_at)) = (a.place, b.place) else { return Ok(true) };
+    let (Place::File(a_at), Place::File(b_at)) = (a.place, b.place) else {
+        return Ok(true);
+    };
     let mut at = a.offset.max(b.offset);
     let end = (a.offset + a.len).min(b.offset + b.len);
     let (mut x, mut y) = ([0u8; SECTOR as usize], [0u8; SECTOR as usize]);

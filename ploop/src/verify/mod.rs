@@ -11,9 +11,9 @@ mod used;
 use std::ops::Range;
 use std::path::PathBuf;
 
+pub use image::{ImageScan, PAGE_ENTRIES, scan_image};
 pub use merge::merge_untouched;
 pub use used::Used;
-pub use image::{ImageScan, PAGE_ENTRIES, scan_image};
 
 /// How bad a finding is. The class of a whole check is the worst of its findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,5 +134,9 @@ pub struct Finding {
 
 /// The worst class among `findings`.
 pub fn class_of(findings: &[Finding]) -> Class {
-    findings.iter().map(|f| f.kind.class()).max().unwrap_or(Class::Clean)
+    findings
+        .iter()
+        .map(|f| f.kind.class())
+        .max()
+        .unwrap_or(Class::Clean)
 }

@@ -26,7 +26,11 @@ impl Owners {
             last.count += 1;
             return;
         }
-        self.runs.push(Run { first: cluster, count: 1, slot });
+        self.runs.push(Run {
+            first: cluster,
+            count: 1,
+            slot,
+        });
     }
 
     /// The clusters that are named, and one pair of slots for each that is named again.
@@ -39,7 +43,10 @@ impl Owners {
             let end = run.first + run.count;
             if let Some(r) = reach {
                 for cluster in run.first..end.min(r.first + r.count) {
-                    duplicate(r.slot + (cluster - r.first), run.slot + (cluster - run.first));
+                    duplicate(
+                        r.slot + (cluster - r.first),
+                        run.slot + (cluster - run.first),
+                    );
                 }
             }
             match ranges.last_mut() {
@@ -79,7 +86,9 @@ impl Used {
 
     /// True when `cluster` is in use.
     pub fn contains(&self, cluster: u64) -> bool {
-        let after = self.ranges.partition_point(|r| u64::from(r.start) <= cluster);
+        let after = self
+            .ranges
+            .partition_point(|r| u64::from(r.start) <= cluster);
         after > 0 && cluster < u64::from(self.ranges[after - 1].end)
     }
 }

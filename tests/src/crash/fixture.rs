@@ -51,8 +51,13 @@ pub enum Shape {
 
 impl Shape {
     /// All of them.
-    pub const ALL: [Shape; 5] =
-        [Shape::Empty, Shape::Used, Shape::Holes, Shape::Tail, Shape::Dirty];
+    pub const ALL: [Shape; 5] = [
+        Shape::Empty,
+        Shape::Used,
+        Shape::Holes,
+        Shape::Tail,
+        Shape::Dirty,
+    ];
 }
 
 /// A start image, and what is known of it.
@@ -100,9 +105,19 @@ impl Fixture {
         damage(&store, Path::new(top), shape);
         write_descriptor(&store, clusters, overlay);
 
-        let name = format!("{version:?}, {shape:?}, {}", if overlay { "on a base" } else { "bare" });
+        let name = format!(
+            "{version:?}, {shape:?}, {}",
+            if overlay { "on a base" } else { "bare" }
+        );
         let initial = Words::default();
-        let mut fixture = Fixture { name, start: store, initial, clusters, findings: vec![], overlay };
+        let mut fixture = Fixture {
+            name,
+            start: store,
+            initial,
+            clusters,
+            findings: vec![],
+            overlay,
+        };
         let disk = fixture.open(&fixture.start, false).unwrap();
         fixture.initial = Arc::new(words_of(&disk).unwrap());
         let scan = scan_image(fixture.top_file(&fixture.start).as_ref()).unwrap();
@@ -127,7 +142,11 @@ impl Fixture {
 
     /// Where the writable image is.
     pub fn top_path(&self) -> PathBuf {
-        if self.overlay { OVERLAY.into() } else { BOTTOM.into() }
+        if self.overlay {
+            OVERLAY.into()
+        } else {
+            BOTTOM.into()
+        }
     }
 
     /// Opens the disk in `store` the way the program does.
@@ -138,8 +157,15 @@ impl Fixture {
 
     /// The same, on a store behind a pointer.
     pub fn open_on(&self, store: &Arc<dyn Store>, write: bool) -> ploop::Result<Disk> {
-        let source = Source { path: XML.into(), descriptor: true, snapshot: None };
-        let options = OpenOptions { write, ..OpenOptions::default() };
+        let source = Source {
+            path: XML.into(),
+            descriptor: true,
+            snapshot: None,
+        };
+        let options = OpenOptions {
+            write,
+            ..OpenOptions::default()
+        };
         Opener::on(store.clone()).open(&source, &options)
     }
 
@@ -153,7 +179,9 @@ impl Fixture {
 pub fn words_of(disk: &Disk) -> Result<Vec<u64>, String> {
     let mut words = vec![0; (disk.size() / SECTOR) as usize];
     let mut segments: Vec<Segment> = Vec::new();
-    let lease = disk.map(0..disk.size(), &mut segments).map_err(|e| format!("map: {e}"))?;
+    let lease = disk
+        .map(0..disk.size(), &mut segments)
+        .map_err(|e| format!("map: {e}"))?;
     let mut buf = Vec::new();
     for s in &segments {
         let SegmentPlace::File { layer, offset } = s.place else {
@@ -166,7 +194,9 @@ pub fn words_of(disk: &Disk) -> Result<Vec<u64>, String> {
         let file = lease.file(layer);
         while let Some(data) = file.next_data(at, end).map_err(|e| e.to_string())? {
             buf.resize((data.end - data.start) as usize, 0);
-            lease.read(s, data.start - offset, &mut buf).map_err(|e| format!("read: {e}"))?;
+            lease
+                .read(s, data.start - offset, &mut buf)
+                .map_err(|e| format!("read: {e}"))?;
             let first = (s.offset + (data.start - offset)) / SECTOR;
             for (sector, bytes) in (first..).zip(buf.chunks(SECTOR as usize)) {
                 words[sector as usize] = uniform(bytes)
@@ -211,7 +241,8 @@ fn write_base(disk: &Disk, cluster: u64) {
         3 => first..first + 3,
         _ => return,
     };
-    disk.write(sectors.start * SECTOR, &payload(BASE, sectors)).unwrap();
+    disk.write(sectors.start * SECTOR, &payload(BASE, sectors))
+        .unwrap();
 }
 
 /// Makes the shape out of an image whose file clusters 0, 1 and 2 are in use.
@@ -221,14 +252,24 @@ fn damage(store: &MemoryStore, path: &Path, shape: Shape) {
     if matches!(shape, Shape::Holes | Shape::Dirty) {
         file.write_at(&[0; 4], Header::slot_offset(3)).unwrap();
         // What was a good cluster's bytes must not be taken for an operation's.
-        file.write_at(&payload(JUNK, 0..CLUSTER_SECTORS), header.data_start + CLUSTER).unwrap();
+        file.write_at(
+            &payload(JUNK, 0..CLUSTER_SECTORS),
+            header.data_start + CLUSTER,
+        )
+        .unwrap();
     }
     if matches!(shape, Shape::Tail | Shape::Dirty) {
-        let half = if shape == Shape::Tail { 0 } else { CLUSTER_SECTORS / 2 };
-        file.write_at(&payload(JUNK, 1000..1000 + 2 * CLUSTER_SECTORS + half), len).unwrap();
+        let half = if shape == Shape::Tail {
+            0
+        } else {
+            CLUSTER_SECTORS / 2
+        };
+        file.write_at(&payload(JUNK, 1000..1000 + 2 * CLUSTER_SECTORS + half), len)
+            .unwrap();
     }
     if shape == Shape::Dirty {
-        file.write_at(header.marked(IN_USE_DIRTY).bytes(), 0).unwrap();
+        file.write_at(header.marked(IN_USE_DIRTY).bytes(), 0)
+            .unwrap();
     }
 }
 
@@ -240,8 +281,16 @@ fn write_descriptor(store: &MemoryStore, clusters: u64, overlay: bool) {
         Descriptor::new_single(sectors, CLUSTER_SECTORS as u32, false, first, "root.hds").unwrap();
     if overlay {
         let kind = ImageKind::Compressed;
-        d.images.push(Image { guid: Guid::TOP, kind, file: "root.hds.top".into() });
-        d.shots.push(Shot { guid: Guid::TOP, parent: base, temporary: Temporary::No });
+        d.images.push(Image {
+            guid: Guid::TOP,
+            kind,
+            file: "root.hds.top".into(),
+        });
+        d.shots.push(Shot {
+            guid: Guid::TOP,
+            parent: base,
+            temporary: Temporary::No,
+        });
         d.top = Guid::TOP;
     }
     d.check().unwrap();

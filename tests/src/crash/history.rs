@@ -24,7 +24,9 @@ pub fn word(id: u64, sector: u64) -> u64 {
 
 /// The bytes of a write of operation `id` to `sectors`.
 pub fn payload(id: u64, sectors: Range<u64>) -> Vec<u8> {
-    sectors.flat_map(|s| word(id, s).to_le_bytes().repeat(64)).collect()
+    sectors
+        .flat_map(|s| word(id, s).to_le_bytes().repeat(64))
+        .collect()
 }
 
 /// "Operation" that wrote the base of a fixture.
@@ -113,16 +115,29 @@ impl History {
     /// A history of the disk in `store`, which now reads `initial`.
     pub fn new(store: &RecordingStore, initial: Words, closed_at_start: bool) -> History {
         // Operation 0 is the start image's own content.
-        let first = Op { asked: Asked::Flush, fua: false, zeroed: None };
+        let first = Op {
+            asked: Asked::Flush,
+            fua: false,
+            zeroed: None,
+        };
         let ops = Mutex::new(vec![first]);
-        History { store: store.clone(), initial, closed_at_start, ops }
+        History {
+            store: store.clone(),
+            initial,
+            closed_at_start,
+            ops,
+        }
     }
 
     /// An operation is begun; returns its number.
     pub fn begin(&self, asked: Asked, fua: bool) -> u64 {
         let mut ops = self.ops.lock().unwrap();
         let id = ops.len() as u64;
-        ops.push(Op { asked, fua, zeroed: None });
+        ops.push(Op {
+            asked,
+            fua,
+            zeroed: None,
+        });
         self.store.mark(id * KINDS + BEGIN);
         id
     }
@@ -185,7 +200,13 @@ impl History {
         for (at, mark) in self.store.marks_before(point).into_iter().enumerate() {
             let slot: &mut Option<Span> = &mut spans[(mark / KINDS) as usize];
             match (mark % KINDS, slot) {
-                (BEGIN, slot) => *slot = Some(Span { begin: at, end: usize::MAX, ok: false }),
+                (BEGIN, slot) => {
+                    *slot = Some(Span {
+                        begin: at,
+                        end: usize::MAX,
+                        ok: false,
+                    })
+                }
                 (kind, Some(span)) => (span.end, span.ok) = (at, kind == OK),
                 (_, None) => panic!("mark {mark} ends what never began"),
             }
@@ -197,14 +218,26 @@ impl History {
     pub fn view(&self, point: usize) -> View {
         let ops = self.ops.lock().unwrap();
         let spans = self.spans(point, ops.len());
-        let begun = || ops.iter().enumerate().filter_map(|(id, op)| Some((id, op, spans[id]?)));
+        let begun = || {
+            ops.iter()
+                .enumerate()
+                .filter_map(|(id, op)| Some((id, op, spans[id]?)))
+        };
         let flush = |op: &Op, s: &Span| s.ok && matches!(op.asked, Asked::Flush | Asked::Close(_));
-        let flushes: Vec<usize> =
-            begun().filter(|(_, op, s)| flush(op, s)).map(|(_, _, s)| s.begin).collect();
-        let deaths: Vec<usize> =
-            begun().filter(|(_, op, _)| matches!(op.asked, Asked::Death)).map(|(.., s)| s.begin).collect();
+        let flushes: Vec<usize> = begun()
+            .filter(|(_, op, s)| flush(op, s))
+            .map(|(_, _, s)| s.begin)
+            .collect();
+        let deaths: Vec<usize> = begun()
+            .filter(|(_, op, _)| matches!(op.asked, Asked::Death))
+            .map(|(.., s)| s.begin)
+            .collect();
         let flushed = |s: &Span| {
-            let death = deaths.iter().find(|&&d| d > s.end).copied().unwrap_or(usize::MAX);
+            let death = deaths
+                .iter()
+                .find(|&&d| d > s.end)
+                .copied()
+                .unwrap_or(usize::MAX);
             flushes.iter().any(|&f| s.end < f && f < death)
         };
         let durable = |op: &Op, s: &Span| {
@@ -233,7 +266,11 @@ impl History {
             }
         }
         let (closed_contents, must_be_closed) = self.closes(&ops, &spans);
-        View { allowed, closed_contents, must_be_closed }
+        View {
+            allowed,
+            closed_contents,
+            must_be_closed,
+        }
     }
 
     /// The sectors that an operation changes and their values: all possible ones, or only those

@@ -31,7 +31,9 @@ const PROBE: u64 = 0xFFFF_0004;
 /// Judges a state. An error says what is wrong, for people.
 pub fn judge(fx: &Fixture, view: &View, state: &MemoryStore, depth: Depth) -> Result<(), String> {
     let scan = check_image(fx, view, state)?;
-    let disk = fx.open(state, false).map_err(|e| format!("open read-only: {e}"))?;
+    let disk = fx
+        .open(state, false)
+        .map_err(|e| format!("open read-only: {e}"))?;
     let words = words_of(&disk)?;
     drop(disk);
     view.check(&words)?;
@@ -40,7 +42,10 @@ pub fn judge(fx: &Fixture, view: &View, state: &MemoryStore, depth: Depth) -> Re
         && contents.iter().all(|c| **c != words)
     {
         let differs = words.iter().zip(contents[contents.len() - 1].iter());
-        let sector = differs.enumerate().find(|(_, (a, b))| a != b).map(|(s, _)| s);
+        let sector = differs
+            .enumerate()
+            .find(|(_, (a, b))| a != b)
+            .map(|(s, _)| s);
         return Err(format!(
             "it says that it is closed, but its content is not the closed one (sector {sector:?})"
         ));
@@ -65,7 +70,10 @@ fn check_image(fx: &Fixture, view: &View, state: &MemoryStore) -> Result<ImageSc
     }
     let kinds: Vec<FindingKind> = scan.findings.iter().map(|f| f.kind).collect();
     if kinds != fx.findings && !clean_but_holes(fx, &kinds) {
-        return Err(format!("it says that it is closed, and is not clean: {:?}", scan.findings));
+        return Err(format!(
+            "it says that it is closed, and is not clean: {:?}",
+            scan.findings
+        ));
     }
     Ok(scan)
 }
@@ -77,7 +85,12 @@ fn clean_but_holes(fx: &Fixture, kinds: &[FindingKind]) -> bool {
     kinds.iter().all(|k| *k == holes) && (kinds.is_empty() || fx.findings.contains(&holes))
 }
 
-fn work(fx: &Fixture, state: &MemoryStore, words: &[u64], before: &ImageScan) -> Result<(), String> {
+fn work(
+    fx: &Fixture,
+    state: &MemoryStore,
+    words: &[u64],
+    before: &ImageScan,
+) -> Result<(), String> {
     let error = |what: &str| {
         let what = what.to_owned();
         move |e: ploop::Error| format!("{what}: {e}")
@@ -93,14 +106,18 @@ fn work(fx: &Fixture, state: &MemoryStore, words: &[u64], before: &ImageScan) ->
     for slot in 0..fx.clusters {
         let mut entry = [0; 4];
         let at = ploop::format::ploop::Header::slot_offset(slot);
-        file.read_at(&mut entry, at).map_err(error("read the table"))?;
+        file.read_at(&mut entry, at)
+            .map_err(error("read the table"))?;
         has.push(entry != [0; 4]);
     }
     for wanted in [true, false] {
-        let Some(cluster) = has.iter().position(|h| *h == wanted) else { continue };
+        let Some(cluster) = has.iter().position(|h| *h == wanted) else {
+            continue;
+        };
         let sector = cluster as u64 * CLUSTER_SECTORS + 17;
         let bytes = payload(PROBE, sector..sector + 1);
-        disk.write(sector * SECTOR, &bytes).map_err(error("write"))?;
+        disk.write(sector * SECTOR, &bytes)
+            .map_err(error("write"))?;
         expect[sector as usize] = word(PROBE, sector);
     }
     disk.flush().map_err(error("flush"))?;
@@ -109,12 +126,18 @@ fn work(fx: &Fixture, state: &MemoryStore, words: &[u64], before: &ImageScan) ->
     let scan = scan_image(fx.top_file(state).as_ref()).map_err(error("check after close"))?;
     // A cluster that lost its entry in the crash lies between others until it is used again.
     let was = hole_count(before);
-    let worse = scan.findings.iter().find(|f| f.kind != FindingKind::UnreferencedClusters);
+    let worse = scan
+        .findings
+        .iter()
+        .find(|f| f.kind != FindingKind::UnreferencedClusters);
     if let Some(f) = worse {
         return Err(format!("closed again it is not clean: {f:?}"));
     }
     if hole_count(&scan) > was {
-        return Err(format!("{} free clusters between others, {was} before", hole_count(&scan)));
+        return Err(format!(
+            "{} free clusters between others, {was} before",
+            hole_count(&scan)
+        ));
     }
     let disk = fx.open(state, false).map_err(error("open again"))?;
     match words_of(&disk)? == expect {

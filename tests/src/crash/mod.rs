@@ -68,7 +68,9 @@ impl Rng {
 /// A number from the environment, for longer runs and for repeating one.
 pub fn env(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")),
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")),
         Err(_) => default,
     }
 }

@@ -76,10 +76,20 @@ impl Proof {
         let (calls, verdict) = scenario.play(None, Order::Unchanged);
         verdict.unwrap_or_else(|e| panic!("{}, unharmed: {e}", scenario.name));
         for (n, call) in (0..).zip(calls) {
-            self.commit(scenario, &call.site, Crime::Dropped, Some(n), Order::Unchanged);
+            self.commit(
+                scenario,
+                &call.site,
+                Crime::Dropped,
+                Some(n),
+                Order::Unchanged,
+            );
             self.commit(scenario, &call.site, Crime::Late, None, Order::Late(n));
             if let Some((change, of)) = call.last {
-                let early = Order::Early { sync: n, change, of };
+                let early = Order::Early {
+                    sync: n,
+                    change,
+                    of,
+                };
                 self.commit(scenario, &call.site, Crime::Early, None, early);
             }
         }
@@ -93,7 +103,12 @@ impl Proof {
         drop: Option<u64>,
         order: Order,
     ) {
-        let record = self.sites.entry(site.to_owned()).or_default().entry(crime).or_default();
+        let record = self
+            .sites
+            .entry(site.to_owned())
+            .or_default()
+            .entry(crime)
+            .or_default();
         if record.noticed >= ENOUGH {
             return;
         }
@@ -133,13 +148,22 @@ impl Proof {
 
 fn workspace() -> &'static Path {
     // Compiled in: the sources that were built are the ones that are read.
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("/"))
 }
 
 fn excused(site: &str, but: &[(&str, &str)]) -> bool {
-    let Some((file, line)) = site.rsplit_once(':') else { return false };
-    let Ok(text) = fs::read_to_string(workspace().join(file)) else { return false };
-    let line = line.parse().ok().and_then(|n: usize| text.lines().nth(n - 1));
+    let Some((file, line)) = site.rsplit_once(':') else {
+        return false;
+    };
+    let Ok(text) = fs::read_to_string(workspace().join(file)) else {
+        return false;
+    };
+    let line = line
+        .parse()
+        .ok()
+        .and_then(|n: usize| text.lines().nth(n - 1));
     line.is_some_and(|line| but.iter().any(|(part, _)| line.contains(part)))
 }
 
@@ -153,5 +177,7 @@ fn sync_lines(file: &str) -> Vec<(usize, String)> {
         code.contains(".sync()") || code.contains(".sync_dir(")
     };
     let numbered = (1..).zip(code.lines()).filter(|(_, line)| calls(line));
-    numbered.map(|(n, line)| (n, line.trim().to_owned())).collect()
+    numbered
+        .map(|(n, line)| (n, line.trim().to_owned()))
+        .collect()
 }

@@ -43,10 +43,15 @@ pub fn opinion(fx: &Fixture, state: &MemoryStore, dirty: bool) -> Opinion {
     write_out(fx.top_file(state as &dyn Store).as_ref(), &image);
     // The exit code tells findings apart from failures; the JSON is there in all cases.
     let mut check = tool("qemu-img");
-    check.args(["check", "-f", "parallels", "--output=json"]).arg(&image);
+    check
+        .args(["check", "-f", "parallels", "--output=json"])
+        .arg(&image);
     let out = check.output().unwrap();
     let report: Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| {
-        panic!("qemu-img check: {e}: {}", String::from_utf8_lossy(&out.stderr));
+        panic!(
+            "qemu-img check: {e}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
     });
     let number = |key: &str| report[key].as_u64().unwrap_or(0);
     let errors = number("corruptions") + number("check-errors");
@@ -55,6 +60,12 @@ pub fn opinion(fx: &Fixture, state: &MemoryStore, dirty: bool) -> Opinion {
         .arg(&image)
         .arg(&raw));
     let bytes = fs::read(&raw).unwrap();
-    let words = bytes.chunks(SECTOR as usize).map(|s| uniform(s).unwrap_or(u64::MAX)).collect();
-    Opinion { corruptions: errors.saturating_sub(u64::from(dirty)), words }
+    let words = bytes
+        .chunks(SECTOR as usize)
+        .map(|s| uniform(s).unwrap_or(u64::MAX))
+        .collect();
+    Opinion {
+        corruptions: errors.saturating_sub(u64::from(dirty)),
+        words,
+    }
 }

@@ -88,8 +88,17 @@ impl ReorderingStore {
     /// In front of `inner`.
     pub fn new(inner: &RecordingStore, order: Order) -> ReorderingStore {
         let (touched, calls) = (Vec::new(), Vec::new());
-        let state = State { order, changes: 0, touched, calls, late: None };
-        ReorderingStore { inner: inner.clone(), state: Arc::new(Mutex::new(state)) }
+        let state = State {
+            order,
+            changes: 0,
+            touched,
+            calls,
+            late: None,
+        };
+        ReorderingStore {
+            inner: inner.clone(),
+            state: Arc::new(Mutex::new(state)),
+        }
     }
 
     /// The syncs so far.
@@ -125,7 +134,9 @@ impl ReorderingStore {
         // What is not there any more needs no sync. Opened anew, so that no lock is kept.
         match late {
             Some(Object::File(path)) => {
-                self.inner.open(&path, Access::Read).map_or(Ok(()), |file| file.sync())?;
+                self.inner
+                    .open(&path, Access::Read)
+                    .map_or(Ok(()), |file| file.sync())?;
             }
             Some(Object::Dir(dir)) => drop(self.inner.sync_dir(&dir)),
             None => {}
@@ -165,7 +176,10 @@ impl ReorderingStore {
     }
 
     fn wrap(&self, inner: Arc<dyn StoreFile>) -> Arc<dyn StoreFile> {
-        Arc::new(ReorderingFile { store: self.clone(), inner })
+        Arc::new(ReorderingFile {
+            store: self.clone(),
+            inner,
+        })
     }
 }
 
@@ -204,7 +218,9 @@ impl Store for ReorderingStore {
             Touched::Names(from, _) if from == path => Some(Target::From),
             _ => None,
         };
-        self.sync(Object::Dir(path.to_path_buf()), covers, || self.inner.sync_dir(path))
+        self.sync(Object::Dir(path.to_path_buf()), covers, || {
+            self.inner.sync_dir(path)
+        })
     }
 
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
@@ -228,7 +244,8 @@ struct ReorderingFile {
 
 impl ReorderingFile {
     fn change(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.store.change(&Touched::File(self.inner.id()), Some(&self.inner), act)
+        self.store
+            .change(&Touched::File(self.inner.id()), Some(&self.inner), act)
     }
 }
 
@@ -291,16 +308,34 @@ impl StoreFile for ReorderingFile {
 /// The innermost line of the code under test on this thread's stack.
 fn site() -> String {
     let trace = std::backtrace::Backtrace::force_capture().to_string();
-    let lines = trace.lines().filter_map(|line| line.trim().strip_prefix("at "));
+    let lines = trace
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("at "));
     let ours = |line: &&str| {
-        ["ploop/src/", "snapshots/src/", "nbd-server/src/", "fsck/src/"]
-            .iter()
-            .any(|part| line.contains(part))
+        [
+            "ploop/src/",
+            "snapshots/src/",
+            "nbd-server/src/",
+            "fsck/src/",
+        ]
+        .iter()
+        .any(|part| line.contains(part))
     };
     let line = lines.filter(ours).map(str::to_owned).next();
     let line = line.expect("the tests are built with line tables (see the profiles)");
-    let start = ["ploop/src/", "snapshots/src/", "nbd-server/src/", "fsck/src/"];
-    let at = start.iter().filter_map(|part| line.find(part)).min().unwrap_or(0);
+    let start = [
+        "ploop/src/",
+        "snapshots/src/",
+        "nbd-server/src/",
+        "fsck/src/",
+    ];
+    let at = start
+        .iter()
+        .filter_map(|part| line.find(part))
+        .min()
+        .unwrap_or(0);
     // Without the column.
-    line[at..].rsplit_once(':').map_or(line.clone(), |(line, _)| line.to_owned())
+    line[at..]
+        .rsplit_once(':')
+        .map_or(line.clone(), |(line, _)| line.to_owned())
 }

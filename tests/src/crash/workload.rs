@@ -41,7 +41,10 @@ fn place(rng: &mut Rng, clusters: u64) -> (u64, u64) {
         0 => (cluster, CLUSTER_SECTORS),
         1 => (cluster, 2 * CLUSTER_SECTORS),
         2 => (cluster + CLUSTER_SECTORS - 1, 2),
-        3 => (cluster + rng.below(CLUSTER_SECTORS), rng.below(CLUSTER_SECTORS) + 1),
+        3 => (
+            cluster + rng.below(CLUSTER_SECTORS),
+            rng.below(CLUSTER_SECTORS) + 1,
+        ),
         _ => (cluster + rng.below(CLUSTER_SECTORS), rng.below(4) + 1),
     };
     (at.min(sectors - 1), len.min(sectors - at.min(sectors - 1)))
@@ -75,38 +78,57 @@ pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
     let c = CLUSTER_SECTORS;
     vec![
         ("write, close", vec![Write(4 * c + 1, 2), Close]),
-        ("write, flush, overwrite, flush", vec![
-            Write(4 * c + 1, 2),
-            Flush,
-            Write(4 * c + 1, 1),
-            Flush,
-        ]),
-        ("overwrite only, then close", vec![Write(c + 4, 2), Flush, Write(c + 5, 1), Close]),
-        ("two clusters at once, unflushed neighbour", vec![
-            Write(5 * c - 1, 2),
-            Flush,
-            Write(2 * c + 7, 1),
-            Write(5 * c - 1, 1),
-        ]),
-        ("fua, then a write that nobody flushed", vec![Fua(4 * c, 1), Write(2 * c + 60, 3)]),
-        ("new cluster of zeros over data", vec![Zero(0, c), Flush, Write(3, 2), Close]),
-        ("part of a cluster zeroed over data", vec![ZeroKeep(2 * c + 30, 2), Flush, Close]),
-        ("discard, then flush", vec![Write(4 * c, 4), Flush, Discard(4 * c, c), Flush, Close]),
-        ("killed with an overwrite in the cache", vec![
-            Write(4 * c, 1),
-            Flush,
-            Write(4 * c, 2),
-            Kill,
-            Flush,
-        ]),
-        ("killed before any entry was written", vec![Write(4 * c, 1), Kill, Write(2 * c, 1), Flush]),
-        ("closed, opened, written, closed", vec![
-            Write(4 * c, 1),
-            Close,
-            Write(4 * c + 1, 1),
-            Write(6 * c, 1),
-            Close,
-        ]),
+        (
+            "write, flush, overwrite, flush",
+            vec![Write(4 * c + 1, 2), Flush, Write(4 * c + 1, 1), Flush],
+        ),
+        (
+            "overwrite only, then close",
+            vec![Write(c + 4, 2), Flush, Write(c + 5, 1), Close],
+        ),
+        (
+            "two clusters at once, unflushed neighbour",
+            vec![
+                Write(5 * c - 1, 2),
+                Flush,
+                Write(2 * c + 7, 1),
+                Write(5 * c - 1, 1),
+            ],
+        ),
+        (
+            "fua, then a write that nobody flushed",
+            vec![Fua(4 * c, 1), Write(2 * c + 60, 3)],
+        ),
+        (
+            "new cluster of zeros over data",
+            vec![Zero(0, c), Flush, Write(3, 2), Close],
+        ),
+        (
+            "part of a cluster zeroed over data",
+            vec![ZeroKeep(2 * c + 30, 2), Flush, Close],
+        ),
+        (
+            "discard, then flush",
+            vec![Write(4 * c, 4), Flush, Discard(4 * c, c), Flush, Close],
+        ),
+        (
+            "killed with an overwrite in the cache",
+            vec![Write(4 * c, 1), Flush, Write(4 * c, 2), Kill, Flush],
+        ),
+        (
+            "killed before any entry was written",
+            vec![Write(4 * c, 1), Kill, Write(2 * c, 1), Flush],
+        ),
+        (
+            "closed, opened, written, closed",
+            vec![
+                Write(4 * c, 1),
+                Close,
+                Write(4 * c + 1, 1),
+                Write(6 * c, 1),
+                Close,
+            ],
+        ),
         ("opened and closed", vec![Close]),
         ("closed with room to spare at the end", {
             let mut steps = Vec::new();
@@ -119,7 +141,10 @@ pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
             steps.push(Close);
             steps
         }),
-        ("killed, then only closed", vec![Write(4 * c, 1), Flush, Write(4 * c, 1), Kill, Close]),
+        (
+            "killed, then only closed",
+            vec![Write(4 * c, 1), Flush, Write(4 * c, 1), Kill, Close],
+        ),
     ]
 }
 
@@ -138,7 +163,13 @@ pub struct Runner<'a> {
 impl<'a> Runner<'a> {
     /// On the fixture's disk in `store`, which is where `history` puts its marks, or in front of it.
     pub fn new(fixture: &'a Fixture, store: Arc<dyn Store>, history: &'a History) -> Runner<'a> {
-        Runner { fixture, store, history, disk: None, trust_cache: true }
+        Runner {
+            fixture,
+            store,
+            history,
+            disk: None,
+            trust_cache: true,
+        }
     }
 
     /// True between opening and closing.
@@ -170,12 +201,22 @@ impl<'a> Runner<'a> {
                 let fua = matches!(step, Step::Fua(..));
                 let id = history.begin(Asked::Write(asked(&(*at, *len))), fua);
                 let done = disk.write(at * SECTOR, &payload(id, *at..at + len));
-                (id, if fua { done.and_then(|()| disk.flush()) } else { done })
+                (
+                    id,
+                    if fua {
+                        done.and_then(|()| disk.flush())
+                    } else {
+                        done
+                    },
+                )
             }
             Step::Zero(at, len) | Step::ZeroKeep(at, len) => {
                 let keep_space = matches!(step, Step::ZeroKeep(..));
                 let id = history.begin(Asked::Zero(asked(&(*at, *len))), false);
-                let mode = ZeroMode { keep_space, only_if_fast: false };
+                let mode = ZeroMode {
+                    keep_space,
+                    only_if_fast: false,
+                };
                 (id, disk.zero(at * SECTOR..(at + len) * SECTOR, mode))
             }
             Step::Discard(at, len) => {
@@ -185,7 +226,10 @@ impl<'a> Runner<'a> {
                 if let (Ok(before), Ok(after)) = (before, words_of(disk)) {
                     let zeroed = (*at..at + len).filter(|&s| {
                         let (was, is) = (before[s as usize], after[s as usize]);
-                        assert!(is == was || is == 0, "a discard wrote {is:#x} to sector {s}");
+                        assert!(
+                            is == was || is == 0,
+                            "a discard wrote {is:#x} to sector {s}"
+                        );
                         is != was
                     });
                     history.saw_discard(id, zeroed.collect());
@@ -203,7 +247,8 @@ impl<'a> Runner<'a> {
     /// All of them. Panics when one fails.
     pub fn run(&mut self, steps: &[Step]) {
         for step in steps {
-            self.step(step).unwrap_or_else(|e| panic!("{step:?} on {}: {e}", self.fixture.name));
+            self.step(step)
+                .unwrap_or_else(|e| panic!("{step:?} on {}: {e}", self.fixture.name));
         }
     }
 

@@ -62,9 +62,18 @@ impl Alloc {
             super::Version::V1 => u64::from(header.cluster_sectors),
             super::Version::V2 => 1,
         };
-        let first = header.entry_for(header.data_start).map_or(u64::MAX, u64::from);
+        let first = header
+            .entry_for(header.data_start)
+            .map_or(u64::MAX, u64::from);
         let limit = (u64::from(u32::MAX).saturating_sub(first)) / per_entry;
-        Alloc { data_start: header.data_start, cluster, limit, next, grown: next, free }
+        Alloc {
+            data_start: header.data_start,
+            cluster,
+            limit,
+            next,
+            grown: next,
+            free,
+        }
     }
 
     /// The file offset of a cluster.
@@ -103,13 +112,19 @@ impl Alloc {
             if stop < end {
                 self.free.insert(stop, end);
             }
-            return Ok(Taken { clusters: start..stop, stale: true });
+            return Ok(Taken {
+                clusters: start..stop,
+                stale: true,
+            });
         }
         let stop = (self.next + want).min(self.limit);
         if stop <= self.next {
-            return Err(Error::new(Kind::NoSpace, "every cluster that a BAT entry can name is taken")
-                .on(file.path())
-                .fix("Compact the image, or convert it to larger clusters"));
+            return Err(Error::new(
+                Kind::NoSpace,
+                "every cluster that a BAT entry can name is taken",
+            )
+            .on(file.path())
+            .fix("Compact the image, or convert it to larger clusters"));
         }
         if stop > self.grown {
             let step = (self.offset(self.grown) / 8).min(STEP_MAX) / self.cluster;
@@ -118,7 +133,10 @@ impl Alloc {
             self.grown = target;
         }
         let start = std::mem::replace(&mut self.next, stop);
-        Ok(Taken { clusters: start..stop, stale: false })
+        Ok(Taken {
+            clusters: start..stop,
+            stale: false,
+        })
     }
 
     /// Takes back clusters that no entry ever named.
@@ -152,17 +170,41 @@ mod tests {
         let store = MemoryStore::new();
         let file = store.create(Path::new("/i"), 0o600).unwrap();
         let mut a = Alloc::new(&header(), &Used::from_iter([0, 1, 4, 6]));
-        assert_eq!(a.take(5, &*file).unwrap(), Taken { clusters: 2..4, stale: true });
-        assert_eq!(a.take(5, &*file).unwrap(), Taken { clusters: 5..6, stale: true });
+        assert_eq!(
+            a.take(5, &*file).unwrap(),
+            Taken {
+                clusters: 2..4,
+                stale: true
+            }
+        );
+        assert_eq!(
+            a.take(5, &*file).unwrap(),
+            Taken {
+                clusters: 5..6,
+                stale: true
+            }
+        );
         let t = a.take(3, &*file).unwrap();
-        assert_eq!(t, Taken { clusters: 7..10, stale: false });
+        assert_eq!(
+            t,
+            Taken {
+                clusters: 7..10,
+                stale: false
+            }
+        );
         assert!(file.len().unwrap() >= a.offset(10));
         a.give_back(8..9);
         a.give_back(9..10);
         assert_eq!(a.used_len(), a.offset(8));
         a.give_back(7..8);
         assert_eq!(a.used_len(), a.offset(7));
-        assert_eq!(a.take(9, &*file).unwrap(), Taken { clusters: 7..10, stale: true });
+        assert_eq!(
+            a.take(9, &*file).unwrap(),
+            Taken {
+                clusters: 7..10,
+                stale: true
+            }
+        );
         assert_eq!(a.used_len(), a.offset(10));
     }
 
@@ -175,7 +217,13 @@ mod tests {
         a.give_back(3..5);
         file.set_len(a.used_len()).unwrap();
         a.cut();
-        assert_eq!(a.take(2, &*file).unwrap(), Taken { clusters: 3..5, stale: false });
+        assert_eq!(
+            a.take(2, &*file).unwrap(),
+            Taken {
+                clusters: 3..5,
+                stale: false
+            }
+        );
         assert!(file.len().unwrap() >= a.offset(5));
     }
 

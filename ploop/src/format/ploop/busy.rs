@@ -36,7 +36,10 @@ impl Busy {
         let shard = self.shard(cluster);
         let mut held = shard.lock();
         while !held.insert(cluster) {
-            held = shard.freed.wait(held).unwrap_or_else(PoisonError::into_inner);
+            held = shard
+                .freed
+                .wait(held)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 

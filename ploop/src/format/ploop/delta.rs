@@ -51,7 +51,10 @@ pub fn judge(header: &Header, file_len: u64, slot: u64, entry: u32) -> Result<u6
         return Err(EntryFault::BeyondEof);
     }
     // Of a last cluster that the disk's size cuts, only the guest's part has to be there.
-    let guest = header.size().saturating_sub(slot.saturating_mul(cluster)).min(cluster);
+    let guest = header
+        .size()
+        .saturating_sub(slot.saturating_mul(cluster))
+        .min(cluster);
     if offset + guest > file_len {
         return Err(EntryFault::Truncated);
     }
@@ -75,7 +78,10 @@ pub fn entry_error(file: &dyn StoreFile, header: &Header, slot: u64, fault: Entr
     };
     let what = format!("BAT entry {slot} is {entry:#x}, file offset {where_to}, {why}");
     let fix = format!("See `ploop check {}`", file.path().display());
-    Error::new(Kind::Corrupt, what).on(file.path()).at(at).fix(fix)
+    Error::new(Kind::Corrupt, what)
+        .on(file.path())
+        .at(at)
+        .fix(fix)
 }
 
 /// A ploop image, v1 or v2, read-only.
@@ -92,7 +98,11 @@ impl PloopDelta {
     pub fn open(file: Arc<dyn StoreFile>) -> Result<PloopDelta> {
         let (header, file_len) = read_header(file.as_ref())?;
         refuse_converting(file.as_ref(), &header)?;
-        Ok(PloopDelta { file, header, file_len })
+        Ok(PloopDelta {
+            file,
+            header,
+            file_len,
+        })
     }
 
     /// The checked header.
@@ -158,7 +168,14 @@ impl Delta for PloopDelta {
                     Place::File(offset) => Place::File(offset + (start - here * cluster)),
                     other => other,
                 };
-                push(runs, Run { offset: start, len: end - start, place });
+                push(
+                    runs,
+                    Run {
+                        offset: start,
+                        len: end - start,
+                        place,
+                    },
+                );
             }
             slot += count;
         }

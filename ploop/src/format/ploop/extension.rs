@@ -58,7 +58,10 @@ pub fn in_force(header: &Header) -> bool {
 }
 
 fn u64_at(b: &[u8], at: usize) -> u64 {
-    b[at..at + 8].iter().rev().fold(0, |v, &byte| v << 8 | u64::from(byte))
+    b[at..at + 8]
+        .iter()
+        .rev()
+        .fold(0, |v, &byte| v << 8 | u64::from(byte))
 }
 
 /// Reads the extension that `header` names. Never more than one cluster, 1 MiB at most.
@@ -80,9 +83,15 @@ pub fn read(file: &dyn StoreFile, header: &Header, file_len: u64) -> Result<Exte
             break;
         }
         let offset = at + next as u64;
-        sections.push(Section { magic, flags: u64_at(&cluster, next + 8), offset });
+        sections.push(Section {
+            magic,
+            flags: u64_at(&cluster, next + 8),
+            offset,
+        });
         let len = (u64_at(&cluster, next + 16) & 0xFFFF_FFFF) as usize;
-        next = (next + SECTION_HEAD).saturating_add(len).next_multiple_of(8);
+        next = (next + SECTION_HEAD)
+            .saturating_add(len)
+            .next_multiple_of(8);
     }
     Ok(Extension::Sections(sections))
 }

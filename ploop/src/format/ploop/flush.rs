@@ -70,13 +70,19 @@ impl FlushGate {
     /// The error that latched the image, if one did.
     pub fn check(&self) -> Result<()> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.failed.as_deref().map_or(Ok(()), |why| Err(latched(why)))
+        state
+            .failed
+            .as_deref()
+            .map_or(Ok(()), |why| Err(latched(why)))
     }
 }
 
 fn latched(why: &str) -> Error {
-    Error::new(Kind::Latched, format!("writing was stopped by an earlier failure ({why})"))
-        .fix("Stop the service, check the disk with `ploop check`, and open it again")
+    Error::new(
+        Kind::Latched,
+        format!("writing was stopped by an earlier failure ({why})"),
+    )
+    .fix("Stop the service, check the disk with `ploop check`, and open it again")
 }
 
 #[cfg(test)]
@@ -118,13 +124,19 @@ mod tests {
             }
         });
         let runs = runs.into_inner();
-        assert!((2..=5).contains(&runs), "{runs}: none of the late ones may use the first run");
+        assert!(
+            (2..=5).contains(&runs),
+            "{runs}: none of the late ones may use the first run"
+        );
     }
 
     #[test]
     fn after_a_failed_sync_no_flush_succeeds_again() {
         let gate = FlushGate::default();
-        assert!(gate.run(|| Err(Error::new(Kind::Io, "disk on fire"))).is_err());
+        assert!(
+            gate.run(|| Err(Error::new(Kind::Io, "disk on fire")))
+                .is_err()
+        );
         let e = gate.run(|| Ok(())).unwrap_err();
         assert_eq!(e.kind(), Kind::Latched);
         assert!(e.to_string().contains("disk on fire"), "{e}");

@@ -123,11 +123,19 @@ impl Unchecked {
         let version = match &b[SIGNATURE..TYPE] {
             s if s == SIGNATURE_V1 => Version::V1,
             s if s == SIGNATURE_V2 => Version::V2,
-            _ => return Err(damaged(SIGNATURE, "this is no ploop image: bad signature".into())),
+            _ => {
+                return Err(damaged(
+                    SIGNATURE,
+                    "this is no ploop image: bad signature".into(),
+                ));
+            }
         };
         let kind = u32_at(b, TYPE);
         if kind != TYPE_EXPANDABLE {
-            return Err(damaged(TYPE, format!("header type is {kind}, must be 2 (expandable)")));
+            return Err(damaged(
+                TYPE,
+                format!("header type is {kind}, must be 2 (expandable)"),
+            ));
         }
         let cluster_sectors = u32_at(b, CLUSTER_SECTORS);
         if cluster_sectors == 0 || cluster_sectors > CLUSTER_SECTORS_MAX {
@@ -173,16 +181,15 @@ fn check_layout(
     let field = u32_at(b, DATA_OFFSET);
     let data_start = u64::from(field) * SECTOR;
     if bat_end > file_len {
-        let what = format!(
-            "{entries} BAT entries end at byte {bat_end}, the file has {file_len} bytes"
-        );
+        let what =
+            format!("{entries} BAT entries end at byte {bat_end}, the file has {file_len} bytes");
         return Err(damaged(ENTRIES, what));
     }
     if version == Version::V1 && field == 0 {
         // Legal for QEMU only: the data area begins at the next sector after the BAT.
         return Ok(bat_end.next_multiple_of(SECTOR));
     }
-    if version == Version::V2 && (field == 0 || field % cluster_sectors != 0) {
+    if version == Version::V2 && (field == 0 || !field.is_multiple_of(cluster_sectors)) {
         let what = format!(
             "the data area starts at sector {field}, must be a non-zero multiple of the cluster \
              ({cluster_sectors} sectors)"
@@ -358,11 +365,16 @@ mod tests {
 
     #[test]
     fn a_new_header_passes_its_own_check_and_round_trips() {
-        for (version, cluster, size) in
-            [(Version::V1, 64, 64 * 3), (Version::V2, 2048, 2048 * 300_000), (Version::V2, 128, 128)]
-        {
+        for (version, cluster, size) in [
+            (Version::V1, 64, 64 * 3),
+            (Version::V2, 2048, 2048 * 300_000),
+            (Version::V2, 128, 128),
+        ] {
             let h = Header::new(version, cluster, size).unwrap();
-            let again = Unchecked::parse(h.bytes()).unwrap().check(h.data_start).unwrap();
+            let again = Unchecked::parse(h.bytes())
+                .unwrap()
+                .check(h.data_start)
+                .unwrap();
             assert_eq!(h, again);
             assert_eq!((h.in_use, h.flags, h.extension_sector), (0, FLAG_EMPTY, 0));
             assert_eq!(h.data_start % h.cluster_bytes(), 0);
@@ -392,7 +404,11 @@ mod tests {
 
     #[test]
     fn no_header_bytes_panic_whatever_the_length() {
-        let good = *Header::new(Version::V2, 64, 640).unwrap().bytes().first_chunk::<64>().unwrap();
+        let good = *Header::new(Version::V2, 64, 640)
+            .unwrap()
+            .bytes()
+            .first_chunk::<64>()
+            .unwrap();
         for at in 0..64 {
             for bit in 0..8 {
                 let mut b = good;

@@ -108,7 +108,9 @@ impl Top {
 
     /// The file offset of a guest cluster; `None` when this image does not have it.
     pub fn lookup(&self, cluster: u64) -> Result<Option<u64>> {
-        let Some(page) = self.page(cluster / PAGE)? else { return Ok(None) };
+        let Some(page) = self.page(cluster / PAGE)? else {
+            return Ok(None);
+        };
         let entry = page[(cluster % PAGE) as usize].load(Ordering::Acquire);
         Ok((entry != 0).then(|| self.header.entry_offset(entry)))
     }
@@ -181,7 +183,8 @@ impl Top {
             self.write_again()?;
         }
         self.unclean.store(true, Ordering::Release);
-        self.file.write_at(self.header.marked(IN_USE_DIRTY).bytes(), 0)?;
+        self.file
+            .write_at(self.header.marked(IN_USE_DIRTY).bytes(), 0)?;
         self.file.sync().inspect_err(|e| self.gate.latch(e))?;
         let used_len = lock(&self.alloc).used_len();
         // Of a marked image even the length may be one that a failed sync left in the cache only.
@@ -237,7 +240,10 @@ impl Top {
     /// Enters a cluster whose bytes are written: from now on every read sees it.
     pub fn commit(&self, cluster: u64, offset: u64) -> Result<()> {
         let entry = self.header.entry_for(offset).ok_or_else(|| {
-            Error::new(Kind::NoSpace, format!("file offset {offset} fits no BAT entry"))
+            Error::new(
+                Kind::NoSpace,
+                format!("file offset {offset} fits no BAT entry"),
+            )
         })?;
         let page = self.load(cluster / PAGE)?;
         // Visible and pending in one step: who sees the entry may write in place and flush, and that
@@ -325,7 +331,9 @@ impl Top {
         }
         lock(&self.alloc).cut();
         // Should this fail, the header may say either, and no change may follow.
-        let closed = self.file.write_at(self.header.marked(IN_USE_CLOSED).bytes(), 0);
+        let closed = self
+            .file
+            .write_at(self.header.marked(IN_USE_CLOSED).bytes(), 0);
         let closed = closed.and_then(|()| self.file.sync());
         closed.inspect_err(|e| self.gate.latch(e))?;
         self.marked.store(false, Ordering::Release);
@@ -338,14 +346,26 @@ impl Top {
 /// nothing that we must keep and do not understand.
 fn refuse_unwritable(file: &dyn StoreFile, scan: &ImageScan) -> Result<()> {
     let h = &scan.header;
-    let check = || format!("Run `ploop check {}` to see all of it", file.path().display());
+    let check = || {
+        format!(
+            "Run `ploop check {}` to see all of it",
+            file.path().display()
+        )
+    };
     super::delta::refuse_converting(file, h)?;
-    if let Some(f) = scan.findings.iter().find(|f| f.kind == FindingKind::UnknownFeature) {
+    if let Some(f) = scan
+        .findings
+        .iter()
+        .find(|f| f.kind == FindingKind::UnknownFeature)
+    {
         let what = format!("{}: the image can be read, not written", f.what);
         return Err(Error::unsupported(what).on(file.path()).at(f.offset));
     }
     if h.flags & !FLAG_EMPTY != 0 {
-        let what = format!("header flags {:#x} are not known: the image can be read only", h.flags);
+        let what = format!(
+            "header flags {:#x} are not known: the image can be read only",
+            h.flags
+        );
         return Err(Error::unsupported(what).on(file.path()).at(52));
     }
     let harmless = |k: FindingKind| {
@@ -360,7 +380,10 @@ fn refuse_unwritable(file: &dyn StoreFile, scan: &ImageScan) -> Result<()> {
     if let Some(f) = worst.clone().find(|f| f.kind.class() == Class::Corrupt) {
         let n = worst.filter(|f| f.kind.class() == Class::Corrupt).count();
         let what = format!("the image is damaged ({n} findings, the first: {})", f.what);
-        return Err(Error::corrupt(what).on(file.path()).at(f.offset).fix(check()));
+        return Err(Error::corrupt(what)
+            .on(file.path())
+            .at(f.offset)
+            .fix(check()));
     }
     debug_assert!(class_of(&scan.findings) <= Class::Corrupt);
     if h.version == Version::V1 && !h.data_start.is_multiple_of(h.cluster_bytes()) {

@@ -33,7 +33,11 @@ impl RawDelta {
     /// overlays on it).
     pub fn with_cluster(file: Arc<dyn StoreFile>, cluster_bytes: u64) -> Result<RawDelta> {
         let size = file.len()?;
-        Ok(RawDelta { file, size, cluster_bytes })
+        Ok(RawDelta {
+            file,
+            size,
+            cluster_bytes,
+        })
     }
 }
 
@@ -53,7 +57,11 @@ impl Delta for RawDelta {
     fn map(&self, range: Range<u64>, runs: &mut Vec<Run>) -> Result<()> {
         if range.start < range.end {
             let len = range.end - range.start;
-            runs.push(Run { offset: range.start, len, place: Place::File(range.start) });
+            runs.push(Run {
+                offset: range.start,
+                len,
+                place: Place::File(range.start),
+            });
         }
         Ok(())
     }
@@ -63,6 +71,8 @@ impl Delta for RawDelta {
     }
 
     fn fault(&self, offset: u64) -> Error {
-        Error::corrupt("a raw image has no table to be damaged").on(self.file.path()).at(offset)
+        Error::corrupt("a raw image has no table to be damaged")
+            .on(self.file.path())
+            .at(offset)
     }
 }
