@@ -239,7 +239,7 @@ pub fn assert_acceptable(image: &Path, v1: bool) {
         "spare slots"
     );
     assert!(
-        file.len() % cluster == 0 && file.len() >= bat_clusters * cluster,
+        file.len().is_multiple_of(cluster) && file.len() >= bat_clusters * cluster,
         "length"
     );
     let unit = if v1 { 512 } else { cluster };
@@ -248,7 +248,7 @@ pub fn assert_acceptable(image: &Path, v1: bool) {
         let offset = u32_at(&file, 64 + 4 * slot) as usize * unit;
         if offset != 0 {
             assert!(
-                offset % cluster == 0 && offset >= bat_clusters * cluster,
+                offset.is_multiple_of(cluster) && offset >= bat_clusters * cluster,
                 "entry {slot}"
             );
             assert!(

@@ -36,7 +36,8 @@ h.add_meta_context('nonsense:nothing')
 assert h.opt_list_meta_context(contexts.append) == 0
 h.clear_meta_contexts()
 h.set_export_name('nobody')
-refused(errno.ENOENT, h.opt_list_meta_context, contexts.append)
+# libnbd gives every refusal of this option the same number.
+refused(errno.ENOTSUP, h.opt_list_meta_context, contexts.append)
 
 h.set_export_name('template:t')
 h.opt_info()
@@ -195,6 +196,8 @@ fn meta_contexts_need_structured_replies_and_the_exports_own_name() {
         &request("disk", &["x:y", "base:allocation"]),
     );
     assert_eq!(&one[0].1[4..], b"base:allocation");
+    let other = ask(&mut client, opt::LIST_META_CONTEXT, &request("other", &[]));
+    assert_eq!(other[0].0, answer::ERR_UNKNOWN);
     let listed = ask(&mut client, opt::LIST_META_CONTEXT, &request("disk", &[]));
     assert_eq!(
         (listed.len(), &listed[0].1[4..]),
