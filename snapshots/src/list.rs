@@ -27,6 +27,9 @@ pub struct ContainerEntry {
     pub template: Option<String>,
     /// Images from base to top.
     pub depth: usize,
+    /// Why the rest is not known: the container is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// A template, as `ploop template list` shows it.
@@ -52,7 +55,7 @@ pub struct TemplateEntry {
     pub source: String,
 }
 
-/// The containers of a store, by name.
+/// The containers of a store, by name. A damaged one is listed with its error.
 pub fn containers(root: &Root) -> Result<Vec<ContainerEntry>> {
     let mut templates = HashMap::new();
     for name in root.names("templates")? {
@@ -62,10 +65,18 @@ pub fn containers(root: &Root) -> Result<Vec<ContainerEntry>> {
             templates.insert(layer_name(&base.file), name);
         }
     }
-    root.names("containers")?
-        .into_iter()
-        .map(|name| container(root, name, &templates))
-        .collect()
+    let list = |name: String| match container(root, name.clone(), &templates) {
+        Ok(entry) => entry,
+        Err(e) => ContainerEntry {
+            name,
+            size: 0,
+            data: 0,
+            template: None,
+            depth: 0,
+            error: Some(e.to_string()),
+        },
+    };
+    Ok(root.names("containers")?.into_iter().map(list).collect())
 }
 
 /// The layer's directory name in a path like `../../layers/UUID/image.hds`.
@@ -91,6 +102,7 @@ fn container(
             .first()
             .and_then(|base| templates.get(&layer_name(&base.file)).cloned()),
         depth: chain.len(),
+        error: None,
     };
     for image in &d.images {
         let path = root.store().resolve(&dir.join(&image.file))?;

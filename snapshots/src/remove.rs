@@ -4,7 +4,6 @@ use std::collections::HashSet;
 
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
-use ploop::locks::DiskLock;
 use uuid::Uuid;
 
 use crate::store::{Root, remove_tree};
@@ -28,7 +27,7 @@ pub fn remove_container(root: &Root, name: &str) -> Result<()> {
             .fix("`ploop list` shows what there is"));
     }
     let _alone = root.lock(true)?;
-    let _held = DiskLock::acquire(&dir)?;
+    let _held = root.lock_disk(&dir)?;
     remove_disk(root, &dir, "containers")
 }
 
@@ -39,6 +38,10 @@ pub fn remove_template(root: &Root, name: &str) -> Result<()> {
     let disk = template::open(root, name)?;
     let mut used = 0;
     for c in list::containers(root)? {
+        if let Some(why) = c.error {
+            let what = format!("container {} may be cloned from it: {why}", c.name);
+            return Err(Error::new(Kind::InUse, what).on(root.template(name)));
+        }
         used += usize::from(c.template.as_deref() == Some(name));
     }
     if used > 0 {
@@ -66,8 +69,15 @@ fn remove_disk(root: &Root, dir: &std::path::Path, room: &str) -> Result<()> {
 /// work. The caller holds the store's lock alone.
 pub(crate) fn collect(root: &Root) -> Result<()> {
     root.collect_tmp()?;
-    let needed = needed(root)?;
     let store = root.store();
+    let needed = match needed(root) {
+        Ok(needed) => needed,
+        Err(e) => {
+            // What a damaged disk needs cannot be known, so nothing is taken away.
+            tracing::warn!(error = %e, "layers that nobody needs stay until this is mended");
+            return Ok(());
+        }
+    };
     loop {
         let mut removed = false;
         for id in layer_ids(root)? {

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use fs2::FileExt;
 use ploop::disk::open::{OpenOptions, Opener};
 use ploop::error::{Error, Kind, Result};
+use ploop::locks::DiskLock;
 use ploop::store::{EntryKind, Store};
 use uuid::Uuid;
 
@@ -141,6 +142,11 @@ impl Root {
         Ok(StoreLock(Some(file)))
     }
 
+    /// The lock on a disk of this store, where there are locks. Error: `InUse`.
+    pub(crate) fn lock_disk(&self, dir: &Path) -> Result<Option<DiskLock>> {
+        self.locks.then(|| DiskLock::acquire(dir)).transpose()
+    }
+
     /// A fresh directory in `tmp`, removed with all in it when dropped.
     pub(crate) fn work(&self) -> Result<Work<'_>> {
         let path = self.dir.join("tmp").join(Uuid::new_v4().to_string());
@@ -173,9 +179,10 @@ impl Root {
     pub(crate) fn collect_tmp(&self) -> Result<()> {
         for name in self.store().list(&self.dir.join("tmp"))? {
             let path = self.dir.join("tmp").join(name);
+            // Without locks there is nobody else, and who calls this is not at work yet.
             let free = match self.locks {
-                true => lock_dir(&path),
-                false => Ok(None),
+                true => lock_dir(&path).map(|lock| lock.map(Some)),
+                false => Ok(Some(None)),
             };
             if let Ok(Some(_lock)) = free
                 && let Err(e) = remove_tree(self.store(), &path)

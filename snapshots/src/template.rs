@@ -86,11 +86,11 @@ pub fn import(
 ) -> Result<Imported> {
     name::check(name)?;
     refuse_taken(root, name)?;
-    {
+    let work = {
         let _alone = root.lock(true)?;
         root.collect_tmp()?;
-    }
-    let work = root.work()?;
+        root.work()?
+    };
     let mut meta = TemplateMeta {
         created: SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -126,7 +126,8 @@ pub fn import(
         progress(ImportStep::Copy(done, total))
     })?;
     drop(from);
-    // 2.
+    // 2. From here on nobody may collect: the layer has a reference that no disk has yet.
+    let _shared = root.lock(false)?;
     let owner = Uuid::new_v4();
     let id = layer.seal(root, owner)?;
     let made = publish(

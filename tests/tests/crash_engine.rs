@@ -11,7 +11,9 @@ use ploop::format::ploop::Version;
 use ploop::store::recording::{Budget, RecordingStore};
 use ploop_tests::crash::history::Asked;
 use ploop_tests::crash::nbd::{Ask, Client, Forgetful, seeded};
-use ploop_tests::crash::{CLUSTER_SECTORS, Fixture, History, Rng, Shape, Sweep, Tally, env, fixture};
+use ploop_tests::crash::{
+    CLUSTER_SECTORS, Fixture, History, Rng, Shape, Sweep, Tally, env, fixture,
+};
 
 const STYLES: [Style; 3] = [Style::Simple, Style::Structured, Style::Extended];
 
@@ -28,12 +30,19 @@ impl Run {
         let history = History::new(&store, fx.initial.clone(), fx.closed());
         let disk = Arc::new(fx.open(&store, true).unwrap());
         let device = Arc::new(Counted::new(disk.clone(), Arc::new(Counters::default())));
-        Run { store, history, disk, device }
+        Run {
+            store,
+            history,
+            disk,
+            device,
+        }
     }
 
     fn close(&self) {
         let words = fixture::words_of(&self.disk).unwrap();
-        let id = self.history.begin(Asked::Close(Some(Arc::new(words))), false);
+        let id = self
+            .history
+            .begin(Asked::Close(Some(Arc::new(words))), false);
         self.disk.close().unwrap();
         self.history.ok(id);
     }
@@ -46,13 +55,21 @@ impl Run {
 fn script() -> Vec<(usize, Vec<Ask>)> {
     let c = CLUSTER_SECTORS;
     vec![
-        (0, vec![Ask::Write(2 * c, 2, false), Ask::Write(4 * c, 1, false)]),
+        (
+            0,
+            vec![Ask::Write(2 * c, 2, false), Ask::Write(4 * c, 1, false)],
+        ),
         // Another connection makes it durable.
         (1, vec![Ask::Flush]),
         (1, vec![Ask::Write(2 * c + 1, 1, true), Ask::Read(2 * c, 4)]),
         (2, vec![Ask::Zero(2 * c, 1, true, false)]),
-        (0, vec![Ask::Write(5 * c + 3, 1, false), Ask::Flush]),
-        (2, vec![Ask::Zero(0, c, true, true), Ask::Write(3 * c - 1, 2, false)]),
+        // A flush in the same piece was asked for before the write was answered: it promises nothing.
+        (0, vec![Ask::Write(5 * c + 3, 1, false)]),
+        (0, vec![Ask::Flush]),
+        (
+            2,
+            vec![Ask::Zero(0, c, true, true), Ask::Write(3 * c - 1, 2, false)],
+        ),
         (1, vec![Ask::Flush]),
         (0, vec![Ask::Write(3 * c, 1, false), Ask::Trim(4 * c, c)]),
     ]
@@ -70,25 +87,50 @@ fn what_the_engine_answered_is_kept_and_each_of_its_flushes_counts() {
             if let Some(n) = drop {
                 run.store.drop_sync(run.store.syncs() + n);
             }
-            let device = Arc::new(Forgetful::new(run.device.clone(), forget.unwrap_or(u64::MAX)));
+            let device = Arc::new(Forgetful::new(
+                run.device.clone(),
+                forget.unwrap_or(u64::MAX),
+            ));
             let shared: Arc<dyn Device> = device.clone();
             let mut clients = STYLES.map(|style| Client::new(&shared, style, &run.history));
             for (client, asks) in script() {
                 clients[client].send(&asks);
             }
             drop_all(clients);
-            let small = Budget { exhaustive_units: 8, seeded: 60, seed: 0 };
-            let budget = if forget.or(drop).is_some() { small } else { Budget::default() };
-            (device.flushes(), run.store.syncs(), run.check(&fx, budget, 6))
+            let small = Budget {
+                exhaustive_units: 8,
+                seeded: 60,
+                seed: 0,
+            };
+            let budget = if forget.or(drop).is_some() {
+                small
+            } else {
+                Budget::default()
+            };
+            (
+                device.flushes(),
+                run.store.syncs(),
+                run.check(&fx, budget, 6),
+            )
         };
         let (flushes, syncs, unharmed) = play(None, None);
-        println!("{}: {}", fx.name, unharmed.unwrap_or_else(|e| panic!("{e}")));
+        println!(
+            "{}: {}",
+            fx.name,
+            unharmed.unwrap_or_else(|e| panic!("{e}"))
+        );
         // The last flush is that of the trim: nothing is promised of it.
         for n in 0..flushes - 1 {
-            assert!(play(Some(n), None).2.is_err(), "flush {n} was forgotten, and nobody noticed");
+            assert!(
+                play(Some(n), None).2.is_err(),
+                "flush {n} was forgotten, and nobody noticed"
+            );
         }
         for n in 0..syncs - 1 {
-            assert!(play(None, Some(n)).2.is_err(), "sync {n} was dropped, and nobody noticed");
+            assert!(
+                play(None, Some(n)).2.is_err(),
+                "sync {n} was dropped, and nobody noticed"
+            );
         }
     }
 }
@@ -113,14 +155,21 @@ fn seeded_requests_on_three_connections_are_kept() {
         let run = Run::on(&fx);
         let mut clients = STYLES.map(|style| Client::new(&run.device, style, &run.history));
         for _ in 0..14 {
-            let asks: Vec<Ask> =
-                (0..1 + rng.below(3)).map(|_| seeded(&mut rng, fx.sectors())).collect();
+            let asks: Vec<Ask> = (0..1 + rng.below(3))
+                .map(|_| seeded(&mut rng, fx.sectors()))
+                .collect();
             clients[rng.below(3) as usize].send(&asks);
         }
         drop_all(clients);
         run.close();
-        let budget = Budget { exhaustive_units: 7, seeded: 10, seed };
-        let tally = run.check(&fx, budget, 6).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let budget = Budget {
+            exhaustive_units: 7,
+            seeded: 10,
+            seed,
+        };
+        let tally = run
+            .check(&fx, budget, 6)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         println!("{}: {tally}", fx.name);
     }
 }
@@ -151,8 +200,14 @@ fn engines_on_three_threads_keep_what_they_answered() {
             }
         });
         run.close();
-        let budget = Budget { exhaustive_units: 6, seeded: 10, seed };
-        let tally = run.check(&fx, budget, 6).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let budget = Budget {
+            exhaustive_units: 6,
+            seeded: 10,
+            seed,
+        };
+        let tally = run
+            .check(&fx, budget, 6)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         println!("{}: {tally}", fx.name);
     }
 }

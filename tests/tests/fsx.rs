@@ -38,12 +38,11 @@ enum Below {
     Ploop,
 }
 
-/// A disk of `clusters` clusters in a directory of a store.
+/// A disk in a directory of a store: a top, and what is sealed below it, base first.
 struct Shelf {
     store: Arc<dyn Store>,
     dir: PathBuf,
     version: Version,
-    clusters: u64,
     sealed: Vec<(PathBuf, bool)>,
 }
 
@@ -62,7 +61,6 @@ impl Shelf {
             store,
             dir,
             version,
-            clusters,
             sealed: Vec::new(),
         };
         let mut bytes = vec![0; (clusters * CLUSTER) as usize];

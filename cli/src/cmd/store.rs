@@ -182,7 +182,7 @@ pub(crate) fn list(root: &Path, json: Json) -> Result<()> {
         return print_json(&entries);
     }
     let row = |c: listing::ContainerEntry| {
-        let template = c.template.unwrap_or_else(|| "-".into());
+        let template = c.error.or(c.template).unwrap_or_else(|| "-".into());
         vec![
             c.name,
             size(c.size),

@@ -17,6 +17,7 @@
 //! * [`reorder`]: a store that performs one sync too early or too late.
 //! * [`proof`]: whoever leaves out or moves a sync must be noticed.
 //! * [`nbd`]: the serving engine as a client sees it, without a socket.
+//! * [`tree`]: a store of templates and containers, and its operations.
 //! * [`qemu`]: the second opinion.
 //!
 //! A sector holds one number, 64 times over: which operation wrote it, and for which sector. So a
@@ -30,6 +31,7 @@ pub mod proof;
 pub mod qemu;
 pub mod reorder;
 pub mod sweep;
+pub mod tree;
 pub mod workload;
 
 pub use fixture::{Fixture, Shape};

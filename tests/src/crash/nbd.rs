@@ -13,9 +13,7 @@ use nbd_server::wire::chunk;
 use nbd_server::wire::reply::{Chunk, DONE, Simple, Style};
 use nbd_server::wire::request::{Request, flag, kind};
 use ploop::Result;
-use ploop::device::{
-    Device, Extent, ReadLease, Segment, WriteLease, WriteSegment, ZeroMode,
-};
+use ploop::device::{Device, Extent, ReadLease, Segment, WriteLease, WriteSegment, ZeroMode};
 
 use super::history::{Asked, History, payload};
 use super::{Rng, SECTOR};
@@ -98,7 +96,11 @@ impl<'a> Client<'a> {
     /// A connection to `device`.
     pub fn new(device: &Arc<dyn Device>, style: Style, history: &'a History) -> Client<'a> {
         let rules = Rules::over(device.as_ref(), style);
-        Client { engine: Engine::new(device.clone(), rules), style, history }
+        Client {
+            engine: Engine::new(device.clone(), rules),
+            style,
+            history,
+        }
     }
 
     /// Sends requests in one piece and takes all answers.
@@ -107,13 +109,19 @@ impl<'a> Client<'a> {
         for ask in asks {
             self.emit(ask, &mut bytes);
         }
-        let mut answers = Answers { history: self.history, bytes: Vec::new() };
+        let mut answers = Answers {
+            history: self.history,
+            bytes: Vec::new(),
+        };
         // The last request arrives in two parts, as it may from a socket.
         let first = bytes.len() - bytes.len().min(7);
         let (used, turn) = self.engine.run(&bytes[..first], &mut answers).unwrap();
         assert!(matches!(turn, Turn::NeedMore(_)), "{turn:?}");
         let (rest, turn) = self.engine.run(&bytes[used..], &mut answers).unwrap();
-        assert_eq!((used + rest, turn), (bytes.len(), Turn::NeedMore(Request::header_len(self.style))));
+        assert_eq!(
+            (used + rest, turn),
+            (bytes.len(), Turn::NeedMore(Request::header_len(self.style)))
+        );
         assert!(answers.bytes.is_empty(), "half an answer");
     }
 
@@ -142,7 +150,14 @@ impl<'a> Client<'a> {
             flags |= flag::PAYLOAD_LEN;
         }
         let (offset, length) = (at * SECTOR, len * SECTOR);
-        Request { flags, kind, cookie, offset, length }.emit(self.style, bytes);
+        Request {
+            flags,
+            kind,
+            cookie,
+            offset,
+            length,
+        }
+        .emit(self.style, bytes);
         if writes {
             bytes.extend(payload(cookie, sectors));
         }
@@ -179,7 +194,11 @@ pub struct Forgetful {
 impl Forgetful {
     /// In front of `inner`, whose flush number `forget` never comes.
     pub fn new(inner: Arc<dyn Device>, forget: u64) -> Forgetful {
-        Forgetful { inner, forget, flushes: AtomicU64::new(0) }
+        Forgetful {
+            inner,
+            forget,
+            flushes: AtomicU64::new(0),
+        }
     }
 
     /// Flushes that were asked for.
