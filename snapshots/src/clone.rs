@@ -10,7 +10,7 @@ use ploop::store::SECTOR;
 use uuid::Uuid;
 
 use crate::layer;
-use crate::store::Root;
+use crate::store::{Root, move_dir};
 use crate::template::{self, TemplateDisk};
 use crate::{grow, name};
 
@@ -70,6 +70,11 @@ pub fn create_container(
     };
     let made = build(root, &disk, size, owner, &target);
     if let Err(e) = made {
+        let free = root.store().kind(&target);
+        if e.kind() != Kind::Exists && !free.is_ok_and(|kind| kind.is_none()) {
+            // It was renamed, and may stay so: its references must.
+            return Err(e);
+        }
         for l in &disk.layers {
             if let Err(e) = layer::release(root, l.id, owner) {
                 tracing::warn!(error = %e, "a reference to a layer stays; it is collected later");
@@ -129,8 +134,7 @@ fn build(root: &Root, disk: &TemplateDisk, size: u64, owner: Uuid, target: &Path
         layer::sync_references(root, l.id)?;
     }
     // 3. COMMIT
-    store.rename_new(&dir, target)?;
-    store.sync_dir(&root.dir().join("containers"))
+    move_dir(store, &dir, target)
 }
 
 /// The clone's descriptor: the template's layers, and one top that stands on them.

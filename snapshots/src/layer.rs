@@ -11,7 +11,7 @@ use ploop::format::ploop::{Header, Version, create};
 use ploop::store::SECTOR;
 use uuid::Uuid;
 
-use crate::store::{Root, Work, write_new};
+use crate::store::{Root, Work, move_dir};
 
 /// The image's name in its layer directory.
 pub(crate) const IMAGE: &str = "image.hds";
@@ -55,11 +55,11 @@ impl NewLayer {
         let store = root.store();
         self.disk.close()?;
         drop(self.disk);
-        write_new(store, &self.dir.join("refs").join(owner.to_string()), b"")?;
+        // The name is all there is to a reference.
+        drop(store.create(&self.dir.join("refs").join(owner.to_string()), 0o600)?);
         store.sync_dir(&self.dir.join("refs"))?;
         store.sync_dir(&self.dir)?;
-        store.rename_new(&self.dir, &path(root, self.id))?;
-        store.sync_dir(&root.layers())?;
+        move_dir(store, &self.dir, &path(root, self.id))?;
         Ok(self.id)
     }
 }
@@ -107,7 +107,16 @@ pub(crate) fn release(root: &Root, layer: Uuid, owner: Uuid) -> Result<()> {
     }
 }
 
+/// The names of the references to `layer`. None where a crash left half of a layer that was being
+/// removed.
+pub(crate) fn reference_names(root: &Root, layer: Uuid) -> Result<Vec<PathBuf>> {
+    match root.store().list(&path(root, layer).join("refs")) {
+        Err(e) if e.kind() == Kind::NotFound => Ok(Vec::new()),
+        names => names,
+    }
+}
+
 /// How many disks and layers stand on `layer`.
 pub(crate) fn references(root: &Root, layer: Uuid) -> Result<usize> {
-    Ok(root.store().list(&path(root, layer).join("refs"))?.len())
+    Ok(reference_names(root, layer)?.len())
 }

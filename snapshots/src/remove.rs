@@ -1,12 +1,13 @@
 //! `ploop rm`, `ploop template rm`, and collecting what nobody refers to.
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
 use uuid::Uuid;
 
-use crate::store::{Root, remove_tree};
+use crate::store::{Root, move_dir, remove_tree};
 use crate::{layer, list, name, template};
 
 /// Removes a container and its data.
@@ -28,7 +29,7 @@ pub fn remove_container(root: &Root, name: &str) -> Result<()> {
     }
     let _alone = root.lock(true)?;
     let _held = root.lock_disk(&dir)?;
-    remove_disk(root, &dir, "containers")
+    remove_disk(root, &dir)
 }
 
 /// Removes a template. Containers that were cloned from it keep its layer; the layer itself goes
@@ -50,17 +51,13 @@ pub fn remove_template(root: &Root, name: &str) -> Result<()> {
             .on(root.template(name))
             .fix("Remove them first (`ploop list` names them)"));
     }
-    remove_disk(root, &root.template(&disk.name), "templates")
+    remove_disk(root, &root.template(&disk.name))
 }
 
-fn remove_disk(root: &Root, dir: &std::path::Path, room: &str) -> Result<()> {
-    let store = root.store();
+fn remove_disk(root: &Root, dir: &Path) -> Result<()> {
     // 2. COMMIT
-    store.rename_new(
-        dir,
-        &root.dir().join("tmp").join(Uuid::new_v4().to_string()),
-    )?;
-    store.sync_dir(&root.dir().join(room))?;
+    let away = root.dir().join("tmp").join(Uuid::new_v4().to_string());
+    move_dir(root.store(), dir, &away)?;
     // 3. Nobody works in there, so the files are collected like those of interrupted work.
     collect(root)
 }
@@ -81,7 +78,7 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
     loop {
         let mut removed = false;
         for id in layer_ids(root)? {
-            for reference in store.list(&layer::path(root, id).join("refs"))? {
+            for reference in layer::reference_names(root, id)? {
                 let owner = reference.to_str().and_then(|n| Uuid::parse_str(n).ok());
                 let keep = match owner {
                     // A layer that stands on this one, or a disk that needs it.

@@ -59,13 +59,14 @@ impl Root {
         let store = opener.store().clone();
         let dir = match store.resolve(dir) {
             Ok(dir) => dir,
-            Err(e) if e.kind() == Kind::Permission => return Err(e.fix(CHOOSE)),
+            Err(e) if e.kind() != Kind::NotFound => return Err(e.fix(CHOOSE)),
             Err(_) => {
                 return Err(Error::new(Kind::NotFound, "there is no store here")
                     .on(dir)
                     .fix(format!("`ploop template import` makes one; {CHOOSE}")));
             }
         };
+        let mut made = false;
         for room in ROOMS {
             let path = dir.join(room);
             match store.kind(&path)? {
@@ -73,7 +74,7 @@ impl Root {
                 Some(_) => return Err(Error::invalid("is no directory").on(path)),
                 None if create => match store.create_dir(&path) {
                     Err(e) if e.kind() != Kind::Exists => return Err(e),
-                    _ => store.sync_dir(&dir)?,
+                    _ => made = true,
                 },
                 None => {
                     let what = format!("this is no store: it has no {room}/");
@@ -82,6 +83,9 @@ impl Root {
                         .fix(format!("`ploop template import` makes one; {CHOOSE}")));
                 }
             }
+        }
+        if made {
+            store.sync_dir(&dir)?;
         }
         Ok(Root { dir, opener, locks })
     }
@@ -238,6 +242,16 @@ pub(crate) fn remove_tree(store: &dyn Store, path: &Path) -> Result<()> {
         }
         Some(_) => store.remove_file(path),
     }
+}
+
+/// Moves a directory to a name that must be free, durable on return: that takes both directories
+/// that the name is in. After an error other than `Exists` it may be there or here.
+pub(crate) fn move_dir(store: &dyn Store, from: &Path, to: &Path) -> Result<()> {
+    store.rename_new(from, to)?;
+    for dir in [to, from].map(Path::parent).into_iter().flatten() {
+        store.sync_dir(dir)?;
+    }
+    Ok(())
 }
 
 /// Writes a new small file and makes its bytes durable.

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::layer::{self, IMAGE, NewLayer};
 use crate::meta::{Meta, TemplateMeta};
 use crate::rootfs::{self, BuildOptions, RootSource};
-use crate::store::{Root, Work, write_new};
+use crate::store::{Root, Work, move_dir, write_new};
 use crate::{convert, name};
 
 /// Cluster size of new templates in sectors: 64 KiB. Every first write to a cluster of a clone
@@ -141,6 +141,11 @@ pub fn import(
         meta,
     );
     if let Err(e) = made {
+        let free = root.store().kind(&root.template(name));
+        if e.kind() != Kind::Exists && !free.is_ok_and(|kind| kind.is_none()) {
+            // It was renamed, and may stay so: its layer must.
+            return Err(e);
+        }
         if let Err(left) = crate::remove::remove_layer(root, id) {
             tracing::warn!(error = %left, "a layer that nothing uses stays; it is collected later");
         }
@@ -216,8 +221,7 @@ fn publish(
     .write_new(store, &dir)?;
     store.sync_dir(&dir)?;
     // 4. COMMIT
-    store.rename_new(&dir, &root.template(name))?;
-    store.sync_dir(&root.dir().join("templates"))
+    move_dir(store, &dir, &root.template(name))
 }
 
 /// One layer of a template's chain.

@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -232,17 +233,21 @@ pub fn assert_unchanged(before: &(Listing, Listing), after: &(Listing, Listing),
 
 /// Runs a command that must fail with this exit code and say all of `says`; its message.
 pub fn expect_refusal(command: &mut Command, code: i32, says: &[&str]) -> String {
-    let out = command.stdin(Stdio::null()).output().unwrap();
-    check_refusal(&format!("{command:?}"), &out, code, says)
-}
-
-fn check_refusal(command: &str, out: &Output, code: i32, says: &[&str]) -> String {
+    command.stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // What should be refused may as well serve for ever. It says less than a pipe holds.
+    let began = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if began.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let out = child.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    let all = format!(
-        "{command}: {}\n{}{text}",
-        out.status,
-        String::from_utf8_lossy(&out.stdout)
-    );
+    let said = String::from_utf8_lossy(&out.stdout);
+    let all = format!("{command:?}: {}\n{said}{text}", out.status);
     assert_eq!(out.status.code(), Some(code), "{all}");
     assert!(!text.contains("panicked"), "{all}");
     assert!(

@@ -24,27 +24,19 @@ fn refused(rig: &Rig, code: i32, args: &[&str], says: &[&str]) {
     assert_unchanged(&before, &rig.everything(), &format!("{args:?}"));
 }
 
-/// The same for the beginnings of commands that would make something of `source`.
+/// The same for all commands that would make something of `source`.
 fn no_use(rig: &Rig, code: i32, source: &str, says: &[&str]) {
-    refused(
-        rig,
-        code,
-        &["convert", source, "out.raw", "--to", "raw"],
-        says,
-    );
-    refused(
-        rig,
-        code,
-        &["convert", source, "out.qcow2", "--to", "qcow2"],
-        says,
-    );
+    no_copy(rig, code, source, says);
+    let serve = ["serve", source, "--socket", "sock", "--read-only"];
+    refused(rig, code, &serve, says);
+}
+
+/// The same for those that read all of it.
+fn no_copy(rig: &Rig, code: i32, source: &str, says: &[&str]) {
+    for to in ["raw", "qcow2"] {
+        refused(rig, code, &["convert", source, "out", "--to", to], says);
+    }
     refused(rig, code, &["template", "import", "new", source], says);
-    refused(
-        rig,
-        code,
-        &["serve", source, "--socket", "sock", "--read-only"],
-        says,
-    );
 }
 
 #[test]
@@ -326,19 +318,26 @@ fn images_that_are_none() {
         "--to",
         "qcow2",
     ]);
-    for (source, lens) in [
-        ("good.hds", [16, 63, 64 + 16, 70_000, 600_000]),
-        ("good.qcow2", [16, 71, 600, 70_000, 600_000]),
+    for (source, in_header, in_data) in [
+        ("good.hds", [16, 63, 64 + 16], [70_000, 600_000]),
+        ("good.qcow2", [16, 71, 600], [280_000, 600_000]),
     ] {
-        for len in lens {
+        let cut = |len| {
             fs::copy(rig.path(source), rig.path("cut")).unwrap();
-            File::options()
-                .write(true)
-                .open(rig.path("cut"))
-                .unwrap()
-                .set_len(len)
-                .unwrap();
-            no_use(&rig, 6, "cut", &["cut: offset "]);
+            let file = File::options().write(true).open(rig.path("cut")).unwrap();
+            file.set_len(len).unwrap();
+        };
+        for len in in_header {
+            cut(len);
+            no_use(&rig, 6, "cut", &["cut: offset 0x"]);
+        }
+        for len in in_data {
+            cut(len);
+            no_copy(&rig, 6, "cut", &["cut: offset 0x"]);
+            if source == "good.hds" {
+                let serve = ["serve", "cut", "--socket", "sock"];
+                refused(&rig, 6, &serve, &["cut: offset 0x", "ploop check"]);
+            }
         }
     }
     finds_damage(&rig, "cut");

@@ -6,6 +6,8 @@ use ploop::store::recording::Budget;
 use ploop_tests::crash::proof::{Proof, Scenario, Verdict};
 use ploop_tests::crash::{Fixture, History, Runner, Shape, Step, Sweep, workload};
 
+const FILES: &[&str] = &["ploop/src/format/ploop/top.rs"];
+
 fn scenario<'a>(fx: &'a Fixture, name: &str, steps: &'a [Step]) -> Scenario<'a> {
     Scenario {
         name: format!("{name}, {}", fx.name),
@@ -46,8 +48,8 @@ fn every_sync_of_the_writable_image_is_needed_where_it_is() {
     ] {
         let fx = Fixture::new(version, shape, overlay, workload::STORY_CLUSTERS);
         for (name, steps) in &stories {
-            proof.add(&scenario(&fx, name, steps));
+            proof.add(&scenario(&fx, name, steps), FILES);
         }
     }
-    proof.verdict(&["ploop/src/format/ploop/top.rs"], &[]);
+    proof.verdict(FILES);
 }

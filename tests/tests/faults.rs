@@ -10,7 +10,10 @@ use ploop::Kind;
 use ploop::format::ploop::Version;
 use ploop::store::recording::{Budget, Calls, Fault, RecordingStore, Tear};
 use ploop::verify::{FindingKind, scan_image};
-use ploop_tests::crash::{Depth, Fixture, History, Runner, Shape, Step, judge, workload};
+use ploop_tests::crash::full::FullStore;
+use ploop_tests::crash::{
+    CLUSTER_SECTORS, Depth, Fixture, History, Runner, Shape, Step, env, judge, workload,
+};
 
 /// What fails.
 #[derive(Clone, Copy, Debug)]
@@ -209,4 +212,82 @@ fn a_failed_sync_stops_all_writing() {
         tear: Tear::Nothing,
         syncs: true,
     });
+}
+
+/// Goal: promise 5 on a host that is really full. Method: seeded runs with room for 0, 1, 2 … blocks:
+/// only what needs room fails, with ENOSPC; a flush and a close never do, nothing that was answered
+/// is lost, and with room again everything works.
+#[test]
+fn a_full_host_fails_nobody_but_the_writer_that_needs_room() {
+    let first = env("PLOOP_CRASH_SEED", 1);
+    let mut refused = 0;
+    for seed in first..first + env("PLOOP_CRASH_SEEDS", 6) {
+        for (shape, overlay) in [
+            (Shape::Empty, true),
+            (Shape::Dirty, true),
+            (Shape::Holes, false),
+        ] {
+            let fx = Fixture::new(Version::V2, shape, overlay, 12);
+            let steps = workload::seeded(seed, 40, 12);
+            for free in 0.. {
+                println!("PLOOP_CRASH_SEED={seed}, {}, {free} blocks", fx.name);
+                let errors = run_full(&fx, &steps, free);
+                refused += errors;
+                if errors == 0 {
+                    break;
+                }
+            }
+        }
+    }
+    // A table of several blocks, most of them holes at first.
+    let fx = Fixture::new(Version::V2, Shape::Used, false, 3000);
+    let far = [1500, 2900, 700, 1501].map(|cluster| Step::Write(cluster * CLUSTER_SECTORS + 5, 1));
+    let steps: Vec<Step> = far
+        .into_iter()
+        .flat_map(|write| [write, Step::Flush])
+        .collect();
+    for free in 0..8 {
+        refused += run_full(&fx, &steps, free);
+    }
+    println!("{refused} steps refused");
+    assert!(refused > 1000);
+}
+
+/// Runs on `free` blocks; gives the number of steps that failed.
+fn run_full(fx: &Fixture, steps: &[Step], free: u64) -> u64 {
+    let memory = fx.start.snapshot();
+    let full = FullStore::new(&memory, free);
+    // Only for its oracle: marks go to a store of their own.
+    let log = RecordingStore::new();
+    let history = History::new(&log, fx.initial.clone(), fx.closed());
+    let mut runner = Runner::new(fx, std::sync::Arc::new(full.clone()), &history);
+    let mut errors = 0;
+    for step in steps {
+        let Err(e) = runner.step(step) else { continue };
+        let writes = !matches!(step, Step::Flush | Step::Close | Step::Kill);
+        assert!(
+            writes && e.kind() == Kind::NoSpace,
+            "{step:?} with {} blocks: {e}",
+            full.free()
+        );
+        errors += 1;
+    }
+    runner.step(&Step::Flush).unwrap();
+    let killed = judge(
+        fx,
+        &history.view(usize::MAX),
+        &memory.snapshot(),
+        Depth::Work,
+    );
+    killed.unwrap_or_else(|e| panic!("{e}\n  {}", history.lines().join("\n  ")));
+    full.add(10_000);
+    for cluster in 0..fx.clusters {
+        runner
+            .step(&Step::Write(cluster * CLUSTER_SECTORS + 7, 1))
+            .unwrap();
+    }
+    runner.step(&Step::Close).unwrap();
+    let left = scan_image(fx.top_file(&memory).as_ref()).unwrap().findings;
+    assert!(left.is_empty(), "{left:?}");
+    errors
 }

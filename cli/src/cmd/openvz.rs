@@ -76,6 +76,8 @@ pub(crate) fn snapshot_list(s: &SnapshotList) -> Result<()> {
         );
     }
     let d = opener.read_descriptor(&source.path)?;
+    let xml = opener.store().resolve(&source.path)?;
+    let dir = xml.parent().unwrap_or(Path::new("/"));
     let only = s.id.as_deref().map(Guid::parse).transpose()?;
     let columns: Vec<&str> = s.columns.split(',').collect();
     let mut rows = Vec::new();
@@ -84,10 +86,8 @@ pub(crate) fn snapshot_list(s: &SnapshotList) -> Result<()> {
         if only.is_some_and(|g| g != shot.guid) || (s.snapshots_only && current) {
             continue;
         }
-        let file = d
-            .image(shot.guid)
-            .map(|i| i.file.clone())
-            .unwrap_or_default();
+        let file = d.image(shot.guid).map(|i| dir.join(&i.file));
+        let file = file.unwrap_or_default().display().to_string();
         rows.push((
             shot.parent.to_string(),
             current,

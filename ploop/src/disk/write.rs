@@ -52,6 +52,7 @@ impl NewClusters {
 
     /// Allocates for `count` locked guest clusters from `cluster` on.
     pub(super) fn allocate(&mut self, cluster: u64, count: u64) -> Result<()> {
+        self.top.make_room(cluster..cluster + count)?;
         let bytes = self.top.header().cluster_bytes();
         let mut done = 0;
         while done < count {
@@ -66,6 +67,7 @@ impl NewClusters {
 
     /// Allocates for one locked guest cluster; gives its file offset.
     pub(super) fn allocate_one(&mut self, cluster: u64) -> Result<u64> {
+        self.top.make_room(cluster..cluster + 1)?;
         let (offset, count) = self.top.allocate(1)?;
         debug_assert_eq!(count, 1);
         self.entries.push((cluster, offset));

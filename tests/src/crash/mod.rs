@@ -18,12 +18,14 @@
 //! * [`proof`]: whoever leaves out or moves a sync must be noticed.
 //! * [`nbd`]: the serving engine as a client sees it, without a socket.
 //! * [`tree`]: a store of templates and containers, and its operations.
+//! * [`full`]: a host without room.
 //! * [`qemu`]: the second opinion.
 //!
 //! A sector holds one number, 64 times over: which operation wrote it, and for which sector. So a
 //! sector that shows another's bytes, a mixture or garbage is known at a glance.
 
 pub mod fixture;
+pub mod full;
 pub mod history;
 pub mod judge;
 pub mod nbd;

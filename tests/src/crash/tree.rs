@@ -57,13 +57,16 @@ pub fn start() -> MemoryStore {
     raw.set_len(SECTORS * SECTOR).unwrap();
     raw.write_at(&payload(BASE, 8..16), 8 * SECTOR).unwrap();
     let last = 2 * CLUSTER_SECTORS;
-    raw.write_at(&payload(BASE, last..last + 2), last * SECTOR).unwrap();
+    raw.write_at(&payload(BASE, last..last + 2), last * SECTOR)
+        .unwrap();
     store
 }
 
 fn content() -> Vec<u64> {
     let data = |s: u64| (8..16).contains(&s) || (s / 2) == CLUSTER_SECTORS;
-    (0..SECTORS).map(|s| if data(s) { word(BASE, s) } else { 0 }).collect()
+    (0..SECTORS)
+        .map(|s| if data(s) { word(BASE, s) } else { 0 })
+        .collect()
 }
 
 /// The store, as a program that starts now opens it.
@@ -76,7 +79,11 @@ pub fn perform(root: &Root, operation: Operation) -> Result<()> {
     match operation {
         Operation::Found => Ok(()),
         Operation::Import => {
-            let source = Source { path: RAW.into(), descriptor: false, snapshot: None };
+            let source = Source {
+                path: RAW.into(),
+                descriptor: false,
+                snapshot: None,
+            };
             let options = ImportOptions {
                 cluster_sectors: CLUSTER_SECTORS as u32,
                 build: BuildOptions::default(),
@@ -106,7 +113,7 @@ pub fn run(front: &Arc<dyn Store>, log: &RecordingStore, operations: &[Operation
 }
 
 /// Which names must be there, and which may: by the marks up to a point.
-fn expected(
+pub fn expected(
     operations: &[Operation],
     marks: &[u64],
 ) -> (BTreeSet<&'static str>, BTreeSet<&'static str>) {
@@ -144,7 +151,9 @@ pub fn check(store: &RecordingStore, operations: &[Operation], budget: &Budget) 
         tally.exhaustive += u64::from(states.units() <= budget.exhaustive_units);
         for state in states {
             tally.states += 1;
-            judge(&state.build(), &must, &may).map_err(|why| {
+            // The first operation makes the store; once that was answered, it is one.
+            let founded = marks.contains(&1);
+            judge(&state.build(), founded, &must, &may).map_err(|why| {
                 let log = store.log().join("\n  ");
                 format!("{why}\n{state}\nlog:\n  {log}")
             })?;
@@ -156,8 +165,11 @@ pub fn check(store: &RecordingStore, operations: &[Operation], budget: &Budget) 
 /// What [`check`] found.
 pub type Outcome = std::result::Result<Tally, String>;
 
-fn judge(
+/// Judges one state. `founded`: the store must be whole without being completed; `must` and `may`:
+/// which names must and which may be there.
+pub fn judge(
     state: &MemoryStore,
+    founded: bool,
     must: &BTreeSet<&str>,
     may: &BTreeSet<&str>,
 ) -> std::result::Result<(), String> {
@@ -165,17 +177,29 @@ fn judge(
         let what = what.to_owned();
         move |e: ploop::Error| format!("{what}: {e}")
     };
+    if founded {
+        let opener = Opener::on(Arc::new(state.clone()));
+        Root::on(opener, Path::new(DIR), false, false).map_err(error("the store is lost"))?;
+    }
     let root = open(Arc::new(state.clone())).map_err(error("open the store"))?;
     let there = names(&root).map_err(error("list"))?;
     if let Some(lost) = must.iter().find(|name| !there.contains(**name)) {
-        return Err(format!("{lost} is lost, though that it is there was answered"));
+        return Err(format!(
+            "{lost} is lost, though that it is there was answered"
+        ));
     }
     if let Some(back) = there.iter().find(|name| !may.contains(name.as_str())) {
-        return Err(format!("{back} is there, though nobody made it or it was removed"));
+        return Err(format!(
+            "{back} is there, though nobody made it or it was removed"
+        ));
     }
     for name in &there {
         let is_template = name == TEMPLATE;
-        let whole = if is_template { whole_template(&root) } else { whole_container(&root, name) };
+        let whole = if is_template {
+            whole_template(&root)
+        } else {
+            whole_container(&root, name)
+        };
         whole.map_err(|e| format!("{name} is there and not whole: {e}"))?;
         referred(&root, is_template, name).map_err(|e| format!("{name}: {e}"))?;
     }
@@ -195,16 +219,25 @@ fn whole_template(root: &Root) -> std::result::Result<(), String> {
         return Err("its metadata is lost".into());
     }
     let source = template::source(root, TEMPLATE);
-    let disk = root.opener().open(&source, &root.open_options(false)).map_err(|e| e.to_string())?;
+    let disk = root
+        .opener()
+        .open(&source, &root.open_options(false))
+        .map_err(|e| e.to_string())?;
     if words_of(&disk)? != content() {
         return Err("it reads other bytes than its source".into());
     }
     drop(disk);
     for (id, image) in layers(root)? {
-        let Ok(file) = root.opener().store().open(&image, Access::Read) else { continue };
+        let Ok(file) = root.opener().store().open(&image, Access::Read) else {
+            continue;
+        };
         let scan = scan_image(file.as_ref()).map_err(|e| e.to_string())?;
         let refs = image.with_file_name("refs");
-        let used = root.opener().store().list(&refs).is_ok_and(|refs| !refs.is_empty());
+        let used = root
+            .opener()
+            .store()
+            .list(&refs)
+            .is_ok_and(|refs| !refs.is_empty());
         if used && class_of(&scan.findings) != Class::Clean {
             return Err(format!("its layer {id} is not clean: {:?}", scan.findings));
         }
@@ -215,8 +248,15 @@ fn whole_template(root: &Root) -> std::result::Result<(), String> {
 fn whole_container(root: &Root, name: &str) -> std::result::Result<(), String> {
     let text = |e: ploop::Error| e.to_string();
     let path = root.container(name).join(DESCRIPTOR);
-    let source = Source { path, descriptor: true, snapshot: None };
-    let disk = root.opener().open(&source, &root.open_options(true)).map_err(text)?;
+    let source = Source {
+        path,
+        descriptor: true,
+        snapshot: None,
+    };
+    let disk = root
+        .opener()
+        .open(&source, &root.open_options(true))
+        .map_err(text)?;
     let before = words_of(&disk)?;
     if before != content() {
         return Err("it reads other bytes than its template".into());
@@ -224,7 +264,10 @@ fn whole_container(root: &Root, name: &str) -> std::result::Result<(), String> {
     disk.write(SECTOR, &payload(PROBE, 1..2)).map_err(text)?;
     disk.flush().and_then(|()| disk.close()).map_err(text)?;
     drop(disk);
-    let disk = root.opener().open(&source, &root.open_options(false)).map_err(text)?;
+    let disk = root
+        .opener()
+        .open(&source, &root.open_options(false))
+        .map_err(text)?;
     let mut after = content();
     after[1] = word(PROBE, 1);
     match words_of(&disk)? == after {
@@ -236,29 +279,54 @@ fn whole_container(root: &Root, name: &str) -> std::result::Result<(), String> {
 /// Each layer's id and image.
 fn layers(root: &Root) -> std::result::Result<BTreeMap<String, PathBuf>, String> {
     let dir = root.dir().join("layers");
-    let names = root.opener().store().list(&dir).map_err(|e| e.to_string())?;
-    let entry = |n: PathBuf| (n.to_string_lossy().into_owned(), dir.join(&n).join("image.hds"));
+    let names = root
+        .opener()
+        .store()
+        .list(&dir)
+        .map_err(|e| e.to_string())?;
+    let entry = |n: PathBuf| {
+        (
+            n.to_string_lossy().into_owned(),
+            dir.join(&n).join("image.hds"),
+        )
+    };
     Ok(names.into_iter().map(entry).collect())
 }
 
 /// The references are a superset: every disk has one on each of its layers.
 fn referred(root: &Root, is_template: bool, name: &str) -> std::result::Result<(), String> {
     let text = |e: ploop::Error| e.to_string();
-    let dir = if is_template { root.template(name) } else { root.container(name) };
-    let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR)).map_err(text)?;
+    let dir = if is_template {
+        root.template(name)
+    } else {
+        root.container(name)
+    };
+    let d = root
+        .opener()
+        .read_descriptor(&dir.join(DESCRIPTOR))
+        .map_err(text)?;
     let id = |guid: Guid| guid.to_string().trim_matches(['{', '}']).to_owned();
     let owner = match is_template {
         true => id(d.images[0].guid),
         false => {
             let own = d.images.iter().find(|i| i.guid == d.top).ok_or("no top")?;
-            own.file.trim_start_matches("root.hds.").trim_matches(['{', '}']).to_owned()
+            own.file
+                .trim_start_matches("root.hds.")
+                .trim_matches(['{', '}'])
+                .to_owned()
         }
     };
     for image in d.images.iter().filter(|i| i.file.contains("/layers/")) {
         let layer = dir.join(&image.file);
         let layer = root.opener().store().resolve(&layer).map_err(text)?;
         let reference = layer.with_file_name("refs").join(&owner);
-        if root.opener().store().kind(&reference).map_err(text)?.is_none() {
+        if root
+            .opener()
+            .store()
+            .kind(&reference)
+            .map_err(text)?
+            .is_none()
+        {
             return Err(format!("its reference on {} is lost", layer.display()));
         }
     }
@@ -291,7 +359,10 @@ fn works_on(root: &Root, there: &BTreeSet<String>) -> std::result::Result<(), St
     let all = layers(root)?;
     let orphans = count(&root.dir().join("tmp"));
     if all.len() != 1 || orphans != 0 {
-        return Err(format!("{orphans} leftovers in tmp, {} layers for one template", all.len()));
+        return Err(format!(
+            "{orphans} leftovers in tmp, {} layers for one template",
+            all.len()
+        ));
     }
     for image in all.values() {
         let refs = count(&image.with_file_name("refs"));
@@ -300,10 +371,13 @@ fn works_on(root: &Root, there: &BTreeSet<String>) -> std::result::Result<(), St
         }
     }
     go(Operation::Forget)?;
-    let left: Vec<usize> =
-        ["layers", "tmp", "templates", "containers"].map(|d| count(&root.dir().join(d))).into();
+    let left: Vec<usize> = ["layers", "tmp", "templates", "containers"]
+        .map(|d| count(&root.dir().join(d)))
+        .into();
     match left.iter().all(|n| *n == 0) {
         true => Ok(()),
-        false => Err(format!("of an empty store are left: {left:?} (layers, tmp, …)")),
+        false => Err(format!(
+            "of an empty store are left: {left:?} (layers, tmp, …)"
+        )),
     }
 }

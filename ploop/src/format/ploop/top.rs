@@ -6,7 +6,7 @@
 //! | first change, found marked | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | | cut the file behind the last cluster in use | no |
-//! | write, new cluster | grow the file, complete the cluster, write the data | no |
+//! | write, new cluster | room for the entry, grow the file, complete the cluster, write the data | no |
 //! | commit | the entry, in memory | – |
 //! | flush | data (and length) of every committed cluster | yes |
 //! | | the BAT entries of those clusters, and of no others | yes |
@@ -17,6 +17,8 @@
 //! only ever go from 0 to a cluster: discarded clusters are punched where they are and keep their
 //! entry, so no cluster changes owner while the image is open, and no lease can see one that does.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -32,6 +34,8 @@ use crate::verify::{Class, FindingKind, ImageScan, class_of, scan_image};
 
 /// BAT entries in a page of the map: 4 KiB.
 const PAGE: u64 = crate::verify::PAGE_ENTRIES;
+/// Bytes of a block of the host, or a multiple of it.
+const BLOCK: u64 = 4096;
 /// The most bytes of BAT written in one call.
 const BAT_WRITE_MAX: usize = 16 * 1024;
 
@@ -50,6 +54,8 @@ pub struct Top {
     pub busy: Busy,
     /// Slots committed since the last flush took them.
     pending: Mutex<Vec<u32>>,
+    /// Blocks of the BAT that have room on the host.
+    roomy: Mutex<BTreeSet<u64>>,
     gate: FlushGate,
     /// Data was written, or a length changed, since the last flush began.
     unsynced: AtomicBool,
@@ -86,6 +92,7 @@ impl Top {
             alloc: Mutex::new(alloc),
             busy: Busy::default(),
             pending: Mutex::default(),
+            roomy: Mutex::default(),
             gate: FlushGate::default(),
             unsynced: AtomicBool::new(false),
             marked: AtomicBool::new(false),
@@ -210,6 +217,30 @@ impl Top {
             let entries = &mut bytes[..count as usize * 4];
             read_exact(self.file.as_ref(), entries, Header::slot_offset(first))?;
             self.file.write_at(entries, Header::slot_offset(first))?;
+        }
+        Ok(())
+    }
+
+    /// Takes room on the host for the entries of `clusters`: the BAT of a new image is a hole, and a
+    /// flush that found the host full would stop every writer. Before the clusters are committed.
+    pub fn make_room(&self, clusters: Range<u64>) -> Result<()> {
+        let blocks = Header::slot_offset(clusters.start) / BLOCK
+            ..Header::slot_offset(clusters.end).div_ceil(BLOCK);
+        if clusters.is_empty() {
+            return Ok(());
+        }
+        let mut roomy = lock(&self.roomy);
+        for block in blocks.filter(|b| !roomy.contains(b)).collect::<Vec<_>>() {
+            let start = block * BLOCK;
+            let len = BLOCK.min(self.header.data_start - start);
+            let mut bytes = [0; BLOCK as usize];
+            let bytes = &mut bytes[..len as usize];
+            read_exact(self.file.as_ref(), bytes, start)?;
+            // Nothing is committed in this block yet, so nobody else writes it.
+            if bytes.iter().all(|b| *b == 0) {
+                self.file.zero(start, len)?;
+            }
+            roomy.insert(block);
         }
         Ok(())
     }
