@@ -129,7 +129,7 @@ impl<'a> Client<'a> {
         let (kind, mut flags, at, len) = match *ask {
             Ask::Write(at, len, fua) => (kind::WRITE, u16::from(fua) * flag::FUA, at, len),
             Ask::Zero(at, len, fua, keep) => {
-                let flags = u16::from(fua) * flag::FUA | u16::from(keep) * flag::NO_HOLE;
+                let flags = (u16::from(fua) * flag::FUA) | (u16::from(keep) * flag::NO_HOLE);
                 (kind::WRITE_ZEROES, flags, at, len)
             }
             Ask::Trim(at, len) => (kind::TRIM, flag::FUA, at, len),
@@ -143,7 +143,7 @@ impl<'a> Client<'a> {
             Ask::Zero(..) => self.history.begin(Asked::Zero(sectors.clone()), fua),
             Ask::Trim(..) => self.history.begin(Asked::Discard(sectors.clone()), fua),
             Ask::Flush => self.history.begin(Asked::Flush, false),
-            Ask::Read(..) => READ | len * SECTOR,
+            Ask::Read(..) => READ | (len * SECTOR),
         };
         let writes = matches!(ask, Ask::Write(..));
         if writes && self.style == Style::Extended {
