@@ -17,7 +17,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use fs2::FileExt;
@@ -89,6 +89,11 @@ impl DiskLock {
             }
             _ => {}
         }
+        // A disk directory can come from anybody: nothing of it may lead our writes elsewhere.
+        let is_dir = fs::symlink_metadata(&side).is_ok_and(|m| m.is_dir());
+        if !is_dir {
+            return Err(Error::new(Kind::Permission, "must be a directory, not a link").on(side));
+        }
         let path = side.join("lock");
         let mut options = OpenOptions::new();
         options
@@ -96,10 +101,16 @@ impl DiskLock {
             .write(true)
             .create(true)
             .truncate(false)
-            .mode(0o600);
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
         let mut file = options
             .open(&path)
             .map_err(|e| Error::io("open", &path, e))?;
+        let meta = file.metadata().map_err(|e| Error::io("stat", &path, e))?;
+        if !meta.is_file() || meta.nlink() != 1 {
+            let what = "must be a regular file with one name";
+            return Err(Error::new(Kind::Permission, what).on(path));
+        }
         if let Err(e) = FileExt::try_lock_exclusive(&file) {
             if e.raw_os_error() != fs2::lock_contended_error().raw_os_error() {
                 return Err(Error::io("lock", &path, e));
@@ -187,6 +198,34 @@ mod tests {
         );
         drop(w);
         lock_image(open().as_ref(), Use::Write).unwrap();
+    }
+
+    #[test]
+    fn a_lock_file_that_is_a_link_is_refused_and_its_target_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "precious").unwrap();
+        let hostile = |name: &str, plant: &dyn Fn(&Path)| {
+            let disk = dir.path().join(name);
+            fs::create_dir(&disk).unwrap();
+            plant(&disk);
+            assert!(DiskLock::acquire(&disk).is_err(), "{name}");
+            assert_eq!(fs::read(&victim).unwrap(), b"precious", "{name}");
+        };
+        let link = |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at);
+        hostile("link", &|d| {
+            fs::create_dir(d.join(".ploop")).unwrap();
+            link(&victim, &d.join(".ploop/lock")).unwrap();
+        });
+        hostile("hard link", &|d| {
+            fs::create_dir(d.join(".ploop")).unwrap();
+            fs::hard_link(&victim, d.join(".ploop/lock")).unwrap();
+        });
+        hostile("directory", &|d| {
+            let other = dir.path().join("other");
+            fs::create_dir(&other).unwrap();
+            link(&other, &d.join(".ploop")).unwrap();
+        });
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A table of pages that are made when first touched, and never moved or dropped while it lives.
 //!
-//! Two levels of `OnceLock`: a lookup is two dependent loads and no lock. The top level is the only
-//! part sized by what an image claims: 16 bytes for every 512 × 1024 entries.
+//! Three levels of `OnceLock`: a lookup is three dependent loads and no lock. The top level is the
+//! only part sized by what an image claims: 24 bytes for every 2^28 entries.
 
 use std::sync::OnceLock;
 
@@ -9,27 +9,33 @@ use crate::error::Result;
 
 const FAN: usize = 512;
 
-type Branch<P> = Box<[OnceLock<P>]>;
+/// One level: `FAN` places, each filled when first needed.
+type Level<T> = Box<[OnceLock<T>]>;
 
 /// Pages of type `P`, numbered from 0.
 #[derive(Debug)]
 pub(crate) struct Paged<P> {
-    roots: Box<[OnceLock<Branch<P>>]>,
+    roots: Level<Level<Level<P>>>,
+}
+
+fn empty<T>(places: usize) -> Level<T> {
+    (0..places).map(|_| OnceLock::new()).collect()
 }
 
 impl<P> Paged<P> {
     /// An empty table for `pages` pages.
     pub(crate) fn new(pages: u64) -> Paged<P> {
-        let roots = pages.div_ceil(FAN as u64) as usize;
+        let roots = pages.div_ceil((FAN * FAN) as u64) as usize;
         Paged {
-            roots: (0..roots).map(|_| OnceLock::new()).collect(),
+            roots: empty(roots),
         }
     }
 
     /// The page, if it was made.
     pub(crate) fn get(&self, page: u64) -> Option<&P> {
-        let branch = self.roots.get(page as usize / FAN)?.get()?;
-        branch[page as usize % FAN].get()
+        let page = page as usize;
+        let middle = self.roots.get(page / (FAN * FAN))?.get()?;
+        middle[page / FAN % FAN].get()?[page % FAN].get()
     }
 
     /// The page, made by `make` if need be. Two threads may both make it; one result is kept, so
@@ -39,9 +45,10 @@ impl<P> Paged<P> {
             return Ok(found);
         }
         let made = make()?;
-        let branch = self.roots[page as usize / FAN]
-            .get_or_init(|| (0..FAN).map(|_| OnceLock::new()).collect());
-        Ok(branch[page as usize % FAN].get_or_init(|| made))
+        let page = page as usize;
+        let middle = self.roots[page / (FAN * FAN)].get_or_init(|| empty(FAN));
+        let branch = middle[page / FAN % FAN].get_or_init(|| empty(FAN));
+        Ok(branch[page % FAN].get_or_init(|| made))
     }
 }
 
@@ -51,7 +58,9 @@ mod tests {
 
     #[test]
     fn pages_are_made_once_and_kept() {
-        let t = Paged::<u64>::new(2000);
+        let t = Paged::<u64>::new(600_000);
+        assert_eq!(*t.get_or_make(599_999, || Ok(1)).unwrap(), 1);
+        assert_eq!(t.get(299_999), None);
         assert_eq!(t.get(1999), None);
         assert_eq!(*t.get_or_make(1999, || Ok(7)).unwrap(), 7);
         assert_eq!(*t.get_or_make(1999, || Ok(8)).unwrap(), 7);

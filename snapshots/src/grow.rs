@@ -91,8 +91,11 @@ fn cached(root: &Root, record: &std::path::Path) -> Result<Option<Uuid>> {
             Ok(Some(id))
         }
         _ => {
-            root.store().remove_file(record)?;
-            Ok(None)
+            match root.store().remove_file(record) {
+                // Another process saw the same and was faster.
+                Err(e) if e.kind() != Kind::NotFound => Err(e),
+                _ => Ok(None),
+            }
         }
     }
 }

@@ -65,18 +65,23 @@ pub fn containers(root: &Root) -> Result<Vec<ContainerEntry>> {
             templates.insert(layer_name(&base.file), name);
         }
     }
-    let list = |name: String| match container(root, name.clone(), &templates) {
-        Ok(entry) => entry,
-        Err(e) => ContainerEntry {
-            name,
-            size: 0,
-            data: 0,
-            template: None,
-            depth: 0,
-            error: Some(e.to_string()),
-        },
-    };
-    Ok(root.names("containers")?.into_iter().map(list).collect())
+    let mut entries = Vec::new();
+    for name in root.names("containers")? {
+        match container(root, name.clone(), &templates) {
+            Ok(entry) => entries.push(entry),
+            // It was removed since we read the directory.
+            Err(_) if root.store().kind(&root.container(&name))?.is_none() => {}
+            Err(e) => entries.push(ContainerEntry {
+                name,
+                size: 0,
+                data: 0,
+                template: None,
+                depth: 0,
+                error: Some(e.to_string()),
+            }),
+        }
+    }
+    Ok(entries)
 }
 
 /// The layer's directory name in a path like `../../layers/UUID/image.hds`.

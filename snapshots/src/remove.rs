@@ -2,9 +2,12 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
+use ploop::locks::{Use, lock_image};
+use ploop::store::{Access, EntryKind, StoreFile};
 use uuid::Uuid;
 
 use crate::store::{Root, move_dir, remove_tree};
@@ -29,7 +32,28 @@ pub fn remove_container(root: &Root, name: &str) -> Result<()> {
     }
     let _alone = root.lock(true)?;
     let _held = root.lock_disk(&dir)?;
+    let _free = lock_images(root, &dir)?;
     remove_disk(root, &dir)
+}
+
+/// Locks the container's own images against whoever has one open by its file. A container whose
+/// descriptor cannot be read has none that we know, and can be removed all the same.
+fn lock_images(root: &Root, dir: &Path) -> Result<Vec<Arc<dyn StoreFile>>> {
+    let Ok(d) = root.opener().read_descriptor(&dir.join(DESCRIPTOR)) else {
+        return Ok(Vec::new());
+    };
+    let mut locked = Vec::new();
+    for image in d.images.iter().filter(|i| !i.file.contains('/')) {
+        match root.store().open(&dir.join(&image.file), Access::Write) {
+            Err(e) if e.kind() == Kind::NotFound => {}
+            Err(e) => return Err(e),
+            Ok(file) => {
+                lock_image(file.as_ref(), Use::Write)?;
+                locked.push(file);
+            }
+        }
+    }
+    Ok(locked)
 }
 
 /// Removes a template. Containers that were cloned from it keep its layer; the layer itself goes
@@ -83,7 +107,7 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
                 let keep = match owner {
                     // A layer that stands on this one, or a disk that needs it.
                     Some(owner) => {
-                        needed.contains(&owner)
+                        needed.owners.contains(&owner)
                             || store.kind(&layer::path(root, owner))?.is_some() && owner != id
                     }
                     None => true,
@@ -92,7 +116,7 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
                     layer::release(root, id, owner)?;
                 }
             }
-            if layer::references(root, id)? == 0 {
+            if layer::references(root, id)? == 0 && !needed.layers.contains(&id) {
                 remove_layer(root, id)?;
                 removed = true;
             }
@@ -103,25 +127,44 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
     }
 }
 
-/// The owners of references that disks need: the id of each template and of each container.
-fn needed(root: &Root) -> Result<HashSet<Uuid>> {
-    let mut owners = HashSet::new();
+/// What the disks of a store need.
+#[derive(Default)]
+struct Needed {
+    /// Owners of references: the id of each template and of each container.
+    owners: HashSet<Uuid>,
+    /// Layers that a descriptor names, whatever the references say.
+    layers: HashSet<Uuid>,
+}
+
+/// Reads every descriptor, also of directories whose names are none of ours.
+fn needed(root: &Root) -> Result<Needed> {
+    let mut needed = Needed::default();
     for room in ["templates", "containers"] {
-        for name in root.names(room)? {
-            let dir = root.dir().join(room).join(name);
+        let room = root.dir().join(room);
+        for name in root.store().list(&room)? {
+            let dir = room.join(name);
+            if root.store().kind(&dir)? != Some(EntryKind::Dir) {
+                continue;
+            }
             let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR))?;
             for image in &d.images {
                 // A container's id is in the name of its own image, a template's is its GUID.
-                owners.insert(Uuid::from_bytes(*image.guid.as_bytes()));
-                let ending = image
-                    .file
-                    .rsplit_once(".{")
-                    .map(|(_, id)| id.trim_end_matches('}'));
-                owners.extend(ending.and_then(|id| Uuid::parse_str(id).ok()));
+                needed
+                    .owners
+                    .insert(Uuid::from_bytes(*image.guid.as_bytes()));
+                let ending = image.file.rsplit_once(".{");
+                let ending = ending.map(|(_, id)| id.trim_end_matches('}'));
+                needed
+                    .owners
+                    .extend(ending.and_then(|id| Uuid::parse_str(id).ok()));
+                let parts = image.file.split('/');
+                needed
+                    .layers
+                    .extend(parts.filter_map(|part| Uuid::parse_str(part).ok()));
             }
         }
     }
-    Ok(owners)
+    Ok(needed)
 }
 
 fn layer_ids(root: &Root) -> Result<Vec<Uuid>> {
@@ -132,12 +175,13 @@ fn layer_ids(root: &Root) -> Result<Vec<Uuid>> {
         .collect())
 }
 
-/// Removes a layer and its references to others.
+/// Removes a layer and its references to others. It goes in one step; files and references that a
+/// crash leaves are collected later.
 pub(crate) fn remove_layer(root: &Root, id: Uuid) -> Result<()> {
+    let away = root.dir().join("tmp").join(Uuid::new_v4().to_string());
+    move_dir(root.store(), &layer::path(root, id), &away)?;
     for other in layer_ids(root)? {
-        if other != id {
-            layer::release(root, other, id)?;
-        }
+        layer::release(root, other, id)?;
     }
-    remove_tree(root.store(), &layer::path(root, id))
+    remove_tree(root.store(), &away)
 }

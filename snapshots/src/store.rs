@@ -108,7 +108,7 @@ impl Root {
     pub fn open_options(&self, write: bool) -> OpenOptions {
         OpenOptions {
             write,
-            allow: vec![self.dir.clone()],
+            allow: vec![self.layers()],
             ..OpenOptions::default()
         }
     }

@@ -92,7 +92,11 @@ fn build_ploop() -> PathBuf {
         profile_name,
     ]);
     cargo
-        .args(["--message-format", "json", "--target-dir"])
+        .args([
+            "--message-format",
+            "json-render-diagnostics",
+            "--target-dir",
+        ])
         .arg(profile.parent().unwrap());
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
     let out = run(&mut cargo).stdout;

@@ -6,13 +6,18 @@
 //! a full host hurts the writer that needs space and nobody else, and the image still closes clean
 //! (promise 5).
 
+use std::sync::Arc;
+
 use ploop::Kind;
+use ploop::device::Device;
 use ploop::format::ploop::Version;
-use ploop::store::recording::{Budget, Calls, Fault, RecordingStore, Tear};
+use ploop::store::recording::{Budget, Calls, CrashState, Fault, RecordingStore, Tear};
 use ploop::verify::{FindingKind, scan_image};
 use ploop_tests::crash::full::FullStore;
+use ploop_tests::crash::history::{Asked, payload};
 use ploop_tests::crash::{
-    CLUSTER_SECTORS, Depth, Fixture, History, Runner, Shape, Step, env, judge, workload,
+    CLUSTER_SECTORS, Depth, Fixture, History, Runner, SECTOR, Shape, Step, Sweep, env, fixture,
+    judge, workload,
 };
 
 /// What fails.
@@ -62,6 +67,9 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
     let mut points = Vec::new();
     let mut closed = false;
     for step in steps.iter().chain([&Step::Close]) {
+        if first.is_some() {
+            points.push(store.log().len());
+        }
         let fresh = !runner.is_open() || *step == Step::Kill;
         latched &= !fresh;
         match runner.step(step) {
@@ -116,13 +124,9 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
     Outcome { first, reached }
 }
 
-/// kill -9 and power cuts after the failure, at the end, and after closing.
+/// kill -9 and power cuts: between all steps that came after the failure with everything and nothing
+/// of what is at risk, at the end with more.
 fn look(fx: &Fixture, store: &RecordingStore, history: &History, points: &[usize]) {
-    let budget = Budget {
-        exhaustive_units: 6,
-        seeded: 10,
-        seed: 1,
-    };
     let killed = judge(
         fx,
         &history.view(usize::MAX),
@@ -130,17 +134,29 @@ fn look(fx: &Fixture, store: &RecordingStore, history: &History, points: &[usize
         Depth::Work,
     );
     killed.unwrap_or_else(|e| panic!("after kill -9: {e}"));
+    let fail = |e: String, state: &CrashState| {
+        let ops = history.lines().join("\n  ");
+        panic!(
+            "{e}\n{state}\n  {ops}\nlog:\n  {}",
+            store.log().join("\n  ")
+        )
+    };
+    let all: Vec<usize> = (0..1000).collect();
     for &point in points {
         let view = history.view(point);
-        for state in store.states_at(point, &budget) {
-            judge(fx, &view, &state.build(), Depth::Work).unwrap_or_else(|e| {
-                let ops = history.lines().join("\n  ");
-                panic!(
-                    "{e}\n{state}\n  {ops}\nlog:\n  {}",
-                    store.log().join("\n  ")
-                )
-            });
+        for kept in [&all[..], &[]] {
+            let state = store.state(point, kept);
+            judge(fx, &view, &state.build(), Depth::Look).unwrap_or_else(|e| fail(e, &state));
         }
+    }
+    let (end, view) = (store.log().len(), history.view(usize::MAX));
+    let budget = Budget {
+        exhaustive_units: 5,
+        seeded: 6,
+        seed: 1,
+    };
+    for state in store.states_at(end, &budget) {
+        judge(fx, &view, &state.build(), Depth::Work).unwrap_or_else(|e| fail(e, &state));
     }
 }
 
@@ -214,6 +230,56 @@ fn a_failed_sync_stops_all_writing() {
     });
 }
 
+/// Goal: promise 3 when closing fails half-way: an image that may say that it is closed is not
+/// changed. Method: every call of a close fails, with the write that fails on disk all the same; then
+/// the same open disk is written, flushed and closed again. Every state is judged.
+#[test]
+fn after_a_close_that_failed_nothing_is_changed_in_secret() {
+    for (shape, overlay) in [(Shape::Empty, true), (Shape::Dirty, false)] {
+        let fx = Fixture::new(Version::V2, shape, overlay, 8);
+        for n in 0.. {
+            let store = RecordingStore::on(&fx.start);
+            let history = History::new(&store, fx.initial.clone(), fx.closed());
+            let disk = fx.open(&store, true).unwrap();
+            let write = |sector: u64| {
+                let id = history.begin(Asked::Write(sector..sector + 1), false);
+                answer(&history, id, disk.write(sector * SECTOR, &payload(id, sector..sector + 1)))
+            };
+            let flush = || {
+                let id = history.begin(Asked::Flush, false);
+                answer(&history, id, disk.flush())
+            };
+            let close = || {
+                let words = fixture::words_of(&disk).ok().map(Arc::new);
+                let id = history.begin(Asked::Close(words), false);
+                answer(&history, id, disk.close())
+            };
+            write(4 * CLUSTER_SECTORS).unwrap();
+            store.count(Calls::Changes);
+            store.tear(Tear::Bytes(64));
+            store.fail_at(n, Fault::Eio);
+            let failed = close();
+            if failed.is_ok() {
+                assert!(n > 4);
+                break;
+            }
+            println!("{}, call {n}: {failed:?}", fx.name);
+            // Whether these work is the disk's choice; what they leave must be right.
+            drop((write(4 * CLUSTER_SECTORS), write(2 * CLUSTER_SECTORS), flush(), close()));
+            let sweep = Sweep { budget: Budget { seeded: 30, ..Budget::default() }, work_every: 1 };
+            sweep.check(&fx, &store, &history).unwrap_or_else(|e| panic!("call {n}: {e}"));
+        }
+    }
+}
+
+fn answer(history: &History, id: u64, done: ploop::Result<()>) -> ploop::Result<()> {
+    match &done {
+        Ok(()) => history.ok(id),
+        Err(_) => history.failed(id),
+    }
+    done
+}
+
 /// Goal: promise 5 on a host that is really full. Method: seeded runs with room for 0, 1, 2 … blocks:
 /// only what needs room fails, with ENOSPC; a flush and a close never do, nothing that was answered
 /// is lost, and with room again everything works.
@@ -260,7 +326,7 @@ fn run_full(fx: &Fixture, steps: &[Step], free: u64) -> u64 {
     // Only for its oracle: marks go to a store of their own.
     let log = RecordingStore::new();
     let history = History::new(&log, fx.initial.clone(), fx.closed());
-    let mut runner = Runner::new(fx, std::sync::Arc::new(full.clone()), &history);
+    let mut runner = Runner::new(fx, Arc::new(full.clone()), &history);
     let mut errors = 0;
     for step in steps {
         let Err(e) = runner.step(step) else { continue };

@@ -230,7 +230,7 @@ fn write_lock_would_wait(image: &Path, first: u64, count: u64) -> bool {
     let script = "import fcntl, sys\n\
                   f = open(sys.argv[1], 'r+b')\n\
                   try:\n    \
-                      fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, int(sys.argv[3]), int(sys.argv[2]))\n\
+                      fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, *map(int, sys.argv[3:1:-1]))\n\
                   except BlockingIOError:\n    \
                       sys.exit(9)\n";
     let mut command = tool("python3");

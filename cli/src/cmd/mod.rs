@@ -76,7 +76,7 @@ fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOpt
                     store.dir().display()
                 )));
             }
-            options.allow.push(store.dir().to_path_buf());
+            options.allow.push(store.dir().join("layers"));
             let path = dir.join(ploop::disk::open::DESCRIPTOR);
             let snapshot = snapshot.map(str::to_owned);
             Ok((

@@ -55,7 +55,7 @@ pub(crate) fn init(i: &Init) -> Result<()> {
 }
 
 fn write_descriptor(store: &dyn Store, dir: &Path, d: &Descriptor) -> Result<()> {
-    let tmp = dir.join(format!("{DESCRIPTOR}.tmp"));
+    let tmp = dir.join(format!("{DESCRIPTOR}.{}", Guid::new_v4()));
     let file = store.create(&tmp, 0o600)?;
     let write = || {
         file.write_at(&d.to_xml(), 0)?;
@@ -155,9 +155,9 @@ pub(crate) fn refuse(words: &[String]) -> Error {
         "snapshot" | "snapshot-delete" | "snapshot-merge" | "snapshot-switch" | "tsnapshot"
         | "merge" => "snapshots are made by a later version; this one reads and lists them",
         "grow" | "resize" | "balloon" => "resizing is for a later version; `ploop create --size`",
-        "copy" | "replace" | "encrypt" | "cbt" | "stat" | "restore-descriptor" => {
-            "this verb of OpenVZ's is not here"
-        }
+        "copy" | "replace" | "encrypt" | "cbt" | "stat" | "restore-descriptor" | "degrade"
+        | "fscheck" | "clear" | "delete" => "this verb of OpenVZ's is not here",
+        _ if verb.starts_with("tg-") => "this verb of OpenVZ's is not here",
         _ => {
             return Error::invalid(format!("there is no command {verb:?}"))
                 .fix("`ploop help` lists them");

@@ -6,7 +6,8 @@
 //! | `NAME@GUID` | a snapshot of it, read-only |
 //! | `template:NAME` | a template, read-only |
 //!
-//! All connections to one name share one open disk. When the last of them ends, the disk is closed
+//! All connections to one name share one open disk, as long as the name means that disk: a container
+//! that was removed and made anew while a read-only client held it is another one. When the last of them ends, the disk is closed
 //! on that connection's thread: flushed, its in-use mark cleared. Whoever opens the same name
 //! meanwhile waits for that close.
 
@@ -18,6 +19,7 @@ use ploop::device::{Device, Extent, ReadLease, Segment, WriteLease, WriteSegment
 use ploop::disk::Disk;
 use ploop::disk::open::{DESCRIPTOR, Source};
 use ploop::error::{Error, Kind, Result};
+use ploop::store::{Access, FileId};
 use snapshots::{Root, template};
 
 use super::{ExportInfo, Exports, OpenExport};
@@ -36,8 +38,15 @@ pub struct StoreExports {
 /// The names that are open, or still closing (then the device is gone already).
 #[derive(Debug, Default)]
 struct OpenDisks {
-    names: Mutex<HashMap<String, Weak<Shared>>>,
+    names: Mutex<HashMap<String, Entry>>,
     closed: Condvar,
+}
+
+/// Which disk a name was opened as.
+#[derive(Debug)]
+struct Entry {
+    descriptor: FileId,
+    shared: Weak<Shared>,
 }
 
 /// An open disk that closes itself when its last user lets go.
@@ -52,6 +61,7 @@ struct Shared {
 #[derive(Debug)]
 struct Freed {
     name: String,
+    descriptor: FileId,
     all: Arc<OpenDisks>,
 }
 
@@ -65,7 +75,7 @@ impl StoreExports {
         }
     }
 
-    fn open_disk(&self, name: &str) -> Result<Disk> {
+    fn open_disk(&self, name: &str) -> Result<(Disk, FileId)> {
         let (bare, snapshot) = match name.split_once('@') {
             Some((bare, snapshot)) => (bare, Some(snapshot.to_owned())),
             None => (name, None),
@@ -95,20 +105,30 @@ impl StoreExports {
                 )
             }
         };
-        if !source.path.exists() {
-            return Err(Error::new(
-                Kind::NotFound,
-                format!("there is no export '{name}'"),
-            ));
+        let descriptor = self.descriptor_of(name)?;
+        let options = self.root.open_options(write);
+        Ok((self.root.opener().open(&source, &options)?, descriptor))
+    }
+
+    /// Which descriptor a name means now. Error: `NotFound`.
+    fn descriptor_of(&self, name: &str) -> Result<FileId> {
+        let bare = name.split_once('@').map_or(name, |(bare, _)| bare);
+        let dir = match bare.strip_prefix(TEMPLATE) {
+            Some(bare) => snapshots::name::check(bare).map(|()| self.root.template(bare)),
+            None => snapshots::name::check(bare).map(|()| self.root.container(bare)),
+        };
+        let none = || Error::new(Kind::NotFound, format!("there is no export '{name}'"));
+        let path = dir.map_err(|_| none())?.join(DESCRIPTOR);
+        let file = self.root.opener().store().open(&path, Access::Read);
+        match file {
+            Err(e) if e.kind() == Kind::NotFound => Err(none()),
+            other => Ok(other?.id()),
         }
-        self.root
-            .opener()
-            .open(&source, &self.root.open_options(write))
     }
 }
 
 impl OpenDisks {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Weak<Shared>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         // The map is whole between two statements.
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -130,7 +150,9 @@ impl Exports for StoreExports {
     fn open(&self, name: &str) -> Result<OpenExport> {
         let mut names = self.open.lock();
         let device = loop {
-            match names.get(name).map(Weak::upgrade) {
+            let now = self.descriptor_of(name)?;
+            let held = names.get(name).filter(|e| e.descriptor == now);
+            match held.map(|e| e.shared.upgrade()) {
                 Some(Some(shared)) => break shared,
                 // Its last user is closing it.
                 Some(None) => {
@@ -141,13 +163,18 @@ impl Exports for StoreExports {
                         .unwrap_or_else(PoisonError::into_inner);
                 }
                 None => {
-                    let disk = self.open_disk(name)?;
+                    let (disk, descriptor) = self.open_disk(name)?;
                     let freed = Freed {
                         name: name.to_owned(),
+                        descriptor,
                         all: self.open.clone(),
                     };
                     let shared = Arc::new(Shared { disk, freed });
-                    names.insert(name.to_owned(), Arc::downgrade(&shared));
+                    let entry = Entry {
+                        descriptor,
+                        shared: Arc::downgrade(&shared),
+                    };
+                    names.insert(name.to_owned(), entry);
                     break shared;
                 }
             }
@@ -170,7 +197,15 @@ impl Drop for Shared {
 
 impl Drop for Freed {
     fn drop(&mut self) {
-        self.all.lock().remove(&self.name);
+        let mut names = self.all.lock();
+        // The name may be another disk's by now.
+        if names
+            .get(&self.name)
+            .is_some_and(|e| e.descriptor == self.descriptor)
+        {
+            names.remove(&self.name);
+        }
+        drop(names);
         self.all.closed.notify_all();
     }
 }

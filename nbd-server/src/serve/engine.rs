@@ -303,7 +303,7 @@ fn fail(replies: &Replies, tag: Tag, e: &Error, fast: bool, out: &mut Output) {
     } else {
         tracing::warn!(offset = tag.offset, error = %e, "request failed");
     }
-    replies.fail(tag, error, &e.to_string(), out);
+    replies.fail(tag, error, e.what(), out);
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ impl Read<'_> {
             Err(FailedAt(e, at)) => {
                 self.replies.drop_data(&data, self.out);
                 let error = self.log(&e, at);
-                self.replies.fail(self.tag, error, &e.to_string(), self.out);
+                self.replies.fail(self.tag, error, e.what(), self.out);
             }
         }
     }
@@ -205,7 +205,7 @@ impl Read<'_> {
     fn fail_at(&mut self, FailedAt(e, at): &FailedAt) {
         let error = self.log(e, *at);
         self.replies
-            .fail_at(self.tag, error, &e.to_string(), *at, self.out);
+            .fail_at(self.tag, error, e.what(), *at, self.out);
     }
 
     fn log(&self, e: &Error, at: u64) -> u32 {

@@ -23,7 +23,7 @@ fn malformed(e: wire::Error) -> Refused {
 }
 
 fn failed(e: &Error) -> Refused {
-    (errno::of_option(e.kind()), e.to_string())
+    (errno::of_option(e.kind()), e.what().to_owned())
 }
 
 impl Handshake {

@@ -48,6 +48,8 @@ pub struct Chain {
     clip: Vec<u64>,
     unit: u64,
     size: u64,
+    /// From here on there is nothing but holes: what no table in any file reaches.
+    mapped: u64,
     pages: Paged<Page>,
 }
 
@@ -92,12 +94,25 @@ impl Chain {
             })
             .collect();
         clip.reverse();
-        let pages = Paged::new(size.div_ceil(unit).div_ceil(PAGE));
+        for d in &deltas {
+            if d.file().len()? / SECTOR > SECTOR_MASK {
+                let what = "the file is longer than 32 PiB, more than a map entry can say";
+                return Err(Error::unsupported(what).on(d.file().path()));
+            }
+        }
+        // The map is sized by what the tables reach, not by the size that a header claims.
+        let reach = deltas
+            .iter()
+            .zip(&clip)
+            .map(|(d, clip)| d.mapped_end().min(*clip));
+        let mapped = reach.max().unwrap_or(0);
+        let pages = Paged::new(mapped.div_ceil(unit).div_ceil(PAGE));
         Ok(Chain {
             deltas,
             clip,
             unit,
             size,
+            mapped,
             pages,
         })
     }
@@ -105,6 +120,11 @@ impl Chain {
     /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Guest bytes from here on are a hole.
+    pub fn mapped_end(&self) -> u64 {
+        self.mapped
     }
 
     /// Granularity of the map in bytes.
@@ -119,7 +139,7 @@ impl Chain {
 
     /// Appends the segments that cover `range`; what lies past the chain's size is a hole.
     pub fn map(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
-        let end = range.end.min(self.size);
+        let end = range.end.min(self.mapped);
         let mut at = range.start;
         while at < end {
             let index = at / self.unit;

@@ -94,15 +94,31 @@ impl Source {
         match store.kind(&real)? {
             Some(EntryKind::Dir) => {
                 let path = path.join(DESCRIPTOR);
-                if store.kind(&path)?.is_none() {
-                    let what = format!("the directory has no {DESCRIPTOR}: it is no disk");
-                    return Err(Error::new(Kind::NotFound, what).on(real));
+                match store.kind(&path)? {
+                    None => {
+                        let what = format!("the directory has no {DESCRIPTOR}: it is no disk");
+                        return Err(Error::new(Kind::NotFound, what).on(real));
+                    }
+                    // It would make another directory the one that files may lie in.
+                    Some(EntryKind::Link) => {
+                        let what = "the descriptor is a link to another disk's";
+                        return Err(Error::new(Kind::Permission, what)
+                            .on(path)
+                            .fix("If that is meant, name the disk that it leads to"));
+                    }
+                    Some(_) => {}
                 }
                 Ok(Some(Source {
                     path,
                     descriptor: true,
                     snapshot,
                 }))
+            }
+            Some(_) if is_xml && store.kind(path)? == Some(EntryKind::Link) => {
+                let what = "the descriptor is a link to another disk's";
+                Err(Error::new(Kind::Permission, what)
+                    .on(path)
+                    .fix("If that is meant, name the file that it leads to"))
             }
             Some(_) => Ok(Some(Source {
                 path: path.to_owned(),

@@ -50,6 +50,12 @@ pub trait Delta: Send + Sync + Debug {
     /// Allocation unit in bytes: every run starts and ends on a multiple of it or at [`Delta::size`].
     fn cluster_bytes(&self) -> u64;
 
+    /// Guest bytes from here on are [`Place::Parent`] for certain, whatever [`Delta::size`] claims:
+    /// the end of what the table in the file can name.
+    fn mapped_end(&self) -> u64 {
+        self.size()
+    }
+
     /// The file that [`Place::File`] offsets refer to.
     fn file(&self) -> &Arc<dyn StoreFile>;
 

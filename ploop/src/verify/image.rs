@@ -203,7 +203,7 @@ impl Scanner<'_> {
         let h = &self.scan.header;
         let cluster = h.cluster_bytes();
         let len = self.scan.file_len;
-        let data = len - h.data_start;
+        let data = len.saturating_sub(h.data_start);
         // Clusters of a valid extension belong to nobody's entry, and are no leak.
         let extension = extension::in_force(h) && h.extension_sector * SECTOR < len;
         let used = self.scan.used.end();

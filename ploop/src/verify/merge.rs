@@ -14,7 +14,7 @@ const STEP: u64 = 16 << 20;
 /// no sector of a cluster that both have is equal in both, nothing was copied, whatever a crash
 /// tore. Equal sectors (zeros, say) prove nothing, and count as copied.
 pub fn merge_untouched(parent: &dyn Delta, child: &dyn Delta) -> Result<bool> {
-    let size = parent.size().min(child.size());
+    let size = parent.mapped_end().min(child.mapped_end());
     let (mut ours, mut theirs): (Vec<Run>, Vec<Run>) = Default::default();
     let mut at = 0;
     while at < size {
@@ -23,11 +23,14 @@ pub fn merge_untouched(parent: &dyn Delta, child: &dyn Delta) -> Result<bool> {
         theirs.clear();
         parent.map(at..end, &mut ours)?;
         child.map(at..end, &mut theirs)?;
-        for a in &ours {
-            for b in &theirs {
-                if !differ(parent, child, a, b)? {
-                    return Ok(false);
-                }
+        let (mut i, mut j) = (0, 0);
+        while let (Some(a), Some(b)) = (ours.get(i), theirs.get(j)) {
+            if !differ(parent, child, a, b)? {
+                return Ok(false);
+            }
+            match a.offset + a.len < b.offset + b.len {
+                true => i += 1,
+                false => j += 1,
             }
         }
         at = end;

@@ -141,6 +141,11 @@ impl Delta for PloopDelta {
         self.header.cluster_bytes()
     }
 
+    fn mapped_end(&self) -> u64 {
+        let table = u64::from(self.header.entries).saturating_mul(self.header.cluster_bytes());
+        table.min(self.header.size())
+    }
+
     fn file(&self) -> &Arc<dyn StoreFile> {
         &self.file
     }

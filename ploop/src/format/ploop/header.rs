@@ -86,7 +86,8 @@ pub struct Header {
     pub size_sectors: u64,
     /// The open/closed marker; any value.
     pub in_use: u32,
-    /// First byte of the data area, `HEADER_BYTES + 4 * entries` at least, inside the file.
+    /// First byte of the data area, `HEADER_BYTES + 4 * entries` at least. Inside the file, except
+    /// in a v1 image without clusters that ends right behind its BAT.
     pub data_start: u64,
     /// Header flags; unknown bits are kept.
     pub flags: u32,
