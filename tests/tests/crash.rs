@@ -7,6 +7,11 @@
 //! at their states with the full budget; `PLOOP_CRASH_SEED=S` begins with seed S: a seed that fails
 //! is printed, and fails again.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a panic with a line number is the report"
+)]
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -143,16 +148,14 @@ fn what_is_written_during_a_flush_waits_for_the_next_one() {
             let disk = Arc::new(fx.open(&store, true).unwrap());
             let base = store.syncs();
             let (inner, h) = (disk.clone(), history.clone());
-            store.during_sync(move |n| {
-                match what {
-                    _ if n != base + at => {}
-                    0 => write(&inner, &h, 2 * CLUSTER_SECTORS + 1, 2),
-                    1 => write(&inner, &h, 4 * CLUSTER_SECTORS + 1, 2),
-                    _ => {
-                        let id = h.begin(Asked::Discard(0..CLUSTER_SECTORS), false);
-                        inner.discard(0..CLUSTER_SECTORS * SECTOR).unwrap();
-                        h.ok(id);
-                    }
+            store.during_sync(move |n| match what {
+                _ if n != base + at => {}
+                0 => write(&inner, &h, 2 * CLUSTER_SECTORS + 1, 2),
+                1 => write(&inner, &h, 4 * CLUSTER_SECTORS + 1, 2),
+                _ => {
+                    let id = h.begin(Asked::Discard(0..CLUSTER_SECTORS), false);
+                    inner.discard(0..CLUSTER_SECTORS * SECTOR).unwrap();
+                    h.ok(id);
                 }
             });
             // Sync 0 is that of the mark, which every change waits for.

@@ -1,6 +1,11 @@
 //! Power cuts under the serving engine: the code that ships, from request bytes to the store, with
 //! several connections on one disk (promises 1 and 2).
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a panic with a line number is the report"
+)]
+
 use std::sync::Arc;
 
 use nbd_server::export::{Counted, Counters};

@@ -1,6 +1,11 @@
 //! The crash tests prove themselves: a build that leaves out, hastens or delays any sync of the
 //! writable image is red (promises 1, 2 and 3).
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a panic with a line number is the report"
+)]
+
 use ploop::format::ploop::Version;
 use ploop::store::recording::Budget;
 use ploop_tests::crash::proof::{Proof, Scenario, Verdict};

@@ -1,5 +1,10 @@
 //! Power cuts on a store of templates and containers: promise 3, one commit point per operation.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a panic with a line number is the report"
+)]
+
 use ploop::Kind;
 use ploop::store::memory::MemoryStore;
 use ploop::store::recording::{Budget, Calls, Fault, RecordingStore};

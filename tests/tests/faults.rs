@@ -6,6 +6,11 @@
 //! a full host hurts the writer that needs space and nobody else, and the image still closes clean
 //! (promise 5).
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a panic with a line number is the report"
+)]
+
 use std::sync::Arc;
 
 use ploop::Kind;
@@ -243,7 +248,11 @@ fn after_a_close_that_failed_nothing_is_changed_in_secret() {
             let disk = fx.open(&store, true).unwrap();
             let write = |sector: u64| {
                 let id = history.begin(Asked::Write(sector..sector + 1), false);
-                answer(&history, id, disk.write(sector * SECTOR, &payload(id, sector..sector + 1)))
+                answer(
+                    &history,
+                    id,
+                    disk.write(sector * SECTOR, &payload(id, sector..sector + 1)),
+                )
             };
             let flush = || {
                 let id = history.begin(Asked::Flush, false);
@@ -265,9 +274,22 @@ fn after_a_close_that_failed_nothing_is_changed_in_secret() {
             }
             println!("{}, call {n}: {failed:?}", fx.name);
             // Whether these work is the disk's choice; what they leave must be right.
-            drop((write(4 * CLUSTER_SECTORS), write(2 * CLUSTER_SECTORS), flush(), close()));
-            let sweep = Sweep { budget: Budget { seeded: 30, ..Budget::default() }, work_every: 1 };
-            sweep.check(&fx, &store, &history).unwrap_or_else(|e| panic!("call {n}: {e}"));
+            drop((
+                write(4 * CLUSTER_SECTORS),
+                write(2 * CLUSTER_SECTORS),
+                flush(),
+                close(),
+            ));
+            let sweep = Sweep {
+                budget: Budget {
+                    seeded: 30,
+                    ..Budget::default()
+                },
+                work_every: 1,
+            };
+            sweep
+                .check(&fx, &store, &history)
+                .unwrap_or_else(|e| panic!("call {n}: {e}"));
         }
     }
 }

@@ -112,6 +112,48 @@ fn peers_agree_on_a_container() {
     assert_eq!(rig.template_content("t"), template);
 }
 
+/// A cluster that no entry names may hold anything; whoever gets it sees nothing of its past.
+#[test]
+fn a_free_cluster_in_the_middle_is_taken_again_and_shows_nothing_of_its_past() {
+    const CLUSTER: u64 = 64 << 10;
+    let bare = Bare::new("16M", &["-b", "128"]);
+    let server = bare.serve(&[]);
+    let mut client = Client::open(server.socket(), "root", Style::Structured);
+    client.write(0, &vec![0x99; 8 * CLUSTER as usize]);
+    server.stop();
+    let length = fs::metadata(bare.image()).unwrap().len();
+    // Guest clusters 2 to 5 are dropped from the table, as QEMU's discard does it.
+    let file = fs::OpenOptions::new().write(true).open(bare.image());
+    file.unwrap().write_all_at(&[0; 16], 64 + 4 * 2).unwrap();
+    qemu_check(bare.image());
+
+    let server = bare.serve(&[]);
+    let mut client = Client::open(server.socket(), "root", Style::Structured);
+    assert!(
+        client
+            .read(2 * CLUSTER, 4 * CLUSTER)
+            .iter()
+            .all(|b| *b == 0)
+    );
+    for cluster in [100, 3, 200, 101] {
+        client.write(cluster * CLUSTER + 512, &[0x11; 512]);
+        let mut expect = vec![0; CLUSTER as usize];
+        expect[512..1024].fill(0x11);
+        assert!(
+            client.read(cluster * CLUSTER, CLUSTER) == expect,
+            "{cluster}"
+        );
+    }
+    server.stop();
+    assert_eq!(
+        fs::metadata(bare.image()).unwrap().len(),
+        length,
+        "the file has not grown"
+    );
+    assert_acceptable(bare.image(), false);
+    qemu_check(bare.image());
+}
+
 /// Two clusters at 1 MiB, some bytes at 40 MiB.
 fn sparse() -> Bare {
     let bare = Bare::new("64M", &["-b", "128"]);

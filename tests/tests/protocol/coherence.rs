@@ -72,7 +72,12 @@ fn coherent(socket: &std::path::Path, export: &str, first: &[u8], rounds: u64) {
                 let mut rng = Rng(seed + t);
                 let mut client = Client::open(socket, export, styles[t as usize % 3]);
                 for round in 0..rounds {
-                    let block = rng.below(blocks / WRITERS) * WRITERS + t;
+                    // At first all go through the same clusters, so that they meet in taking them.
+                    let mine = match round < blocks / WRITERS {
+                        true => round,
+                        false => rng.below(blocks / WRITERS),
+                    };
+                    let block = mine * WRITERS + t;
                     let versions = &state[block as usize];
                     let version = versions.sent.load(SeqCst) + 1;
                     versions.sent.store(version, SeqCst);
@@ -102,7 +107,7 @@ fn coherent(socket: &std::path::Path, export: &str, first: &[u8], rounds: u64) {
 fn of_a_bare_image() {
     let bare = Bare::new("16M", &["-b", "64"]);
     let server = bare.serve(&[]);
-    coherent(server.socket(), "root", &vec![0; 4 << 20], 5000);
+    coherent(server.socket(), "root", &vec![0; 12 << 20], 5000);
     server.stop();
     qemu_check(bare.image());
     assert_acceptable(bare.image(), false);
