@@ -48,8 +48,8 @@ pub struct StoreLock(#[expect(dead_code, reason = "held for its flock")] Option<
 impl Root {
     /// Opens the store at `dir`. With `create`, makes what is missing of it.
     pub fn open(dir: &Path, create: bool) -> Result<Root> {
-        if create && !dir.exists() {
-            std::fs::create_dir_all(dir).map_err(|e| Error::io("create the store", dir, e))?;
+        if create {
+            make_dirs(dir)?;
         }
         Root::on(Opener::host(), dir, create, true)
     }
@@ -196,6 +196,29 @@ impl Root {
         }
         Ok(())
     }
+}
+
+/// Makes a directory of the host and those above it that are missing, durably: a template that was
+/// imported into it must not vanish with it.
+fn make_dirs(dir: &Path) -> Result<()> {
+    if dir.as_os_str().is_empty() || dir.exists() {
+        return Ok(());
+    }
+    let above = dir.parent().unwrap_or(Path::new("/"));
+    make_dirs(above)?;
+    let failed = |e| Error::io("create the store", dir, e);
+    match std::fs::create_dir(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed(e)),
+        _ => {}
+    }
+    let above = if above.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        above
+    };
+    File::open(above)
+        .and_then(|above| above.sync_all())
+        .map_err(failed)
 }
 
 /// The flock on a directory, or `None` when somebody holds it.

@@ -56,13 +56,13 @@ def serving(command, sock):
         os.unlink(sock)
     child = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
     try:
-        for _ in range(2000):
+        for _ in range(20000):
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as s:
                 s.connect(str(sock))
                 break
             if child.poll() is not None:
                 sys.exit(f"{command}: ended with {child.returncode}")
-            time.sleep(0.005)
+            time.sleep(0.0005)
         else:
             sys.exit(f"{command}: does not listen")
         yield child

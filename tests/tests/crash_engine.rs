@@ -68,7 +68,7 @@ fn script() -> Vec<(usize, Vec<Ask>)> {
         (1, vec![Ask::Flush]),
         (1, vec![Ask::Write(2 * c + 1, 1, true), Ask::Read(2 * c, 4)]),
         (2, vec![Ask::Zero(2 * c, 1, true, false)]),
-        // A flush in the same piece was asked for before the write was answered: it promises nothing.
+        // A flush in the same piece is asked for before the write is answered: no promise.
         (0, vec![Ask::Write(5 * c + 3, 1, false)]),
         (0, vec![Ask::Flush]),
         (

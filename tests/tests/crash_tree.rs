@@ -70,8 +70,8 @@ fn every_sync_of_the_tree_is_needed_where_it_is() {
 }
 
 /// Goal: promises 3 and 5 when a call fails. Method: EIO and ENOSPC at every call of the life of a
-/// store; the operation that meets it fails with that kind, and then everything that was answered is
-/// there, after kill -9 and after a power cut, and everything works and can be removed.
+/// store; the operation that meets it fails with that kind, and then everything that was answered
+/// is there, after kill -9 and after a power cut, and everything works and can be removed.
 #[test]
 fn a_failing_call_at_any_point_leaves_the_store_whole() {
     let cases = [

@@ -2,9 +2,9 @@
 //!
 //! Each story is run again and again; in run N call number N fails, until a run has no call N.
 //! Nothing panics; errors have the right kind; what was answered and flushed is there after kill -9
-//! and after a power cut (promise 1); a failed sync stops all writing (promise 1: no false success);
-//! a full host hurts the writer that needs space and nobody else, and the image still closes clean
-//! (promise 5).
+//! and after a power cut (promise 1); a failed sync stops all writing (promise 1: no false
+//! success); a full host hurts the writer that needs space and nobody else, and the image still
+//! closes clean (promise 5).
 
 #![allow(
     clippy::unwrap_used,
@@ -129,8 +129,8 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
     Outcome { first, reached }
 }
 
-/// kill -9 and power cuts: between all steps that came after the failure with everything and nothing
-/// of what is at risk, at the end with more.
+/// kill -9 and power cuts: between all steps that came after the failure with everything and
+/// nothing of what is at risk, at the end with more.
 fn look(fx: &Fixture, store: &RecordingStore, history: &History, points: &[usize]) {
     let killed = judge(
         fx,
@@ -236,8 +236,8 @@ fn a_failed_sync_stops_all_writing() {
 }
 
 /// Goal: promise 3 when closing fails half-way: an image that may say that it is closed is not
-/// changed. Method: every call of a close fails, with the write that fails on disk all the same; then
-/// the same open disk is written, flushed and closed again. Every state is judged.
+/// changed. Method: every call of a close fails, with the write that fails on disk all the same;
+/// then the same open disk is written, flushed and closed again. Every state is judged.
 #[test]
 fn after_a_close_that_failed_nothing_is_changed_in_secret() {
     for (shape, overlay) in [(Shape::Empty, true), (Shape::Dirty, false)] {
@@ -302,9 +302,9 @@ fn answer(history: &History, id: u64, done: ploop::Result<()>) -> ploop::Result<
     done
 }
 
-/// Goal: promise 5 on a host that is really full. Method: seeded runs with room for 0, 1, 2 … blocks:
-/// only what needs room fails, with ENOSPC; a flush and a close never do, nothing that was answered
-/// is lost, and with room again everything works.
+/// Goal: promise 5 on a host that is really full. Method: seeded runs with room for 0, 1, 2 …
+/// blocks: only what needs room fails, with ENOSPC; a flush and a close never do, nothing that
+/// was answered is lost, and with room again everything works.
 #[test]
 fn a_full_host_fails_nobody_but_the_writer_that_needs_room() {
     let first = env("PLOOP_CRASH_SEED", 1);

@@ -1,6 +1,5 @@
 //! Checks of one ploop image: header against file, every entry, length, extension.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::used::Owners;
@@ -29,8 +28,8 @@ pub struct ImageScan {
     pub findings: Vec<Finding>,
     /// File clusters in use.
     pub used: Used,
-    /// Pages of 1024 BAT entries that have a non-zero one.
-    pub pages: BTreeSet<u32>,
+    /// Pages of 1024 BAT entries that have a non-zero one, in order.
+    pub pages: Vec<u32>,
 }
 
 struct Scanner<'a> {
@@ -50,7 +49,7 @@ pub fn scan_image(file: &dyn StoreFile) -> Result<ImageScan> {
         file_len,
         findings: vec![],
         used: Used::default(),
-        pages: BTreeSet::new(),
+        pages: vec![],
     };
     let mut s = Scanner {
         file,
@@ -177,7 +176,11 @@ impl Scanner<'_> {
         let number = (offset - h.data_start) / cluster;
         // Both fit: `judge` bounded the cluster by an entry of 32 bits, and slots by `entries`.
         self.owners.add(number as u32, slot as u32);
-        self.scan.pages.insert((slot / PAGE_ENTRIES) as u32);
+        let page = (slot / PAGE_ENTRIES) as u32;
+        // Slots come in order: the page is new, or the last one.
+        if self.scan.pages.last() != Some(&page) {
+            self.scan.pages.push(page);
+        }
     }
 
     fn duplicates(&mut self) {

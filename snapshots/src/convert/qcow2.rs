@@ -149,7 +149,6 @@ impl Writer<'_> {
         self.file.write_at(&table, table_at * CLUSTER)?;
         self.write_refcounts(blocks_at, blocks)?;
         self.file.set_len(self.next * CLUSTER)?;
-        self.file.sync()?;
 
         let mut header = [0; SECTOR as usize];
         header[..4].copy_from_slice(b"QFI\xfb");
@@ -163,7 +162,8 @@ impl Writer<'_> {
         put32(&mut header, 56, table_clusters as u32);
         put32(&mut header, 96, REFCOUNT_ORDER);
         put32(&mut header, 100, 104);
-        // Zeros behind the header's 104 bytes: no extension.
+        // Zeros behind the header's 104 bytes: no extension. One sync for all: until it is renamed,
+        // nobody takes the file for an image.
         self.file.write_at(&header, 0)?;
         self.file.sync()
     }

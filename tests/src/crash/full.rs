@@ -1,7 +1,7 @@
 //! A host with room for so many blocks: ENOSPC as a file system gives it.
 //!
-//! A block of 4 KiB is taken by the first write to it (or by keeping its space), and given back by a
-//! punch or a cut. Overwriting needs no room, neither do lengths and names.
+//! A block of 4 KiB is taken by the first write to it (or by keeping its space), and given back by
+//! a punch or a cut. Overwriting needs no room, neither do lengths and names.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

@@ -291,8 +291,8 @@ impl History {
 
     fn closes(&self, ops: &[Op], spans: &[Option<Span>]) -> (Option<Vec<Words>>, bool) {
         let mut contents = Some(vec![self.initial.clone()]);
-        // A close that failed may have closed all the same, as far as the next process can see; that
-        // one then has nothing to do, and after a crash the mark may be back: nothing is wrong.
+        // A close that failed may have closed all the same, as far as the next process can see;
+        // that one then has nothing to do, and after a crash the mark may be back: no harm.
         let (mut closed, mut changed) = (self.closed_at_start, !self.closed_at_start);
         for (op, span) in ops.iter().zip(spans) {
             let Some(span) = span else { continue };

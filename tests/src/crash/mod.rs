@@ -5,12 +5,13 @@
 //!                                  │   └─ marks ──► History: what was begun, what was answered
 //!                 states_at(point) │                   │ view(point)
 //!                                  ▼                   ▼
-//!                             MemoryStore ─────► judge: opened by the shipped code, read, written,
-//!                                                       closed, checked; every sector against the view
+//!                             MemoryStore ─────► judge: opened by the shipped code, read,
+//!                                                    written, closed, checked; every sector
+//!                                                    against the view
 //! ```
 //!
 //! * [`history`]: the oracle. Says for every point and sector which values are allowed.
-//! * [`fixture`]: start images: empty, with holes, with a leaked tail, left dirty; bare or on a base.
+//! * [`fixture`]: start images: empty, with holes, with a tail, left dirty; bare or on a base.
 //! * [`workload`]: steps on a disk, written by hand or drawn from a seed, and who runs them.
 //! * [`judge`]: one state against one view.
 //! * [`sweep`]: every point of a run, every state of a point.

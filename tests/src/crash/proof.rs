@@ -70,8 +70,8 @@ impl Scenario<'_> {
 }
 
 impl Proof {
-    /// Runs a scenario unharmed, which must be right, and then with each crime in one of `files` that
-    /// too few have noticed so far.
+    /// Runs a scenario unharmed, which must be right, and then with each crime in one of `files`
+    /// that too few have noticed so far.
     pub fn add(&mut self, scenario: &Scenario<'_>, files: &[&str]) {
         let (calls, verdict) = scenario.play(None, Order::Unchanged);
         verdict.unwrap_or_else(|e| panic!("{}, unharmed: {e}", scenario.name));

@@ -26,7 +26,8 @@ use super::{CLUSTER_SECTORS, SECTOR};
 
 /// The store's directory.
 pub const DIR: &str = "/store";
-const RAW: &str = "/source.raw";
+/// A raw image on the same host.
+pub const RAW: &str = "/source.raw";
 /// The only template.
 pub const TEMPLATE: &str = "t";
 const SOURCE_TEXT: &str = "where it comes from";

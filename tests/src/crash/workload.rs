@@ -161,7 +161,7 @@ pub struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    /// On the fixture's disk in `store`, which is where `history` puts its marks, or in front of it.
+    /// On the fixture's disk in `store`, which is where `history` puts its marks, or a front of it.
     pub fn new(fixture: &'a Fixture, store: Arc<dyn Store>, history: &'a History) -> Runner<'a> {
         Runner {
             fixture,

@@ -6,7 +6,7 @@
 //! | first change, found marked | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | | cut the file behind the last cluster in use | no |
-//! | write, new cluster | room for the entry, grow the file, complete the cluster, write the data | no |
+//! | write, new cluster | room for the entry; grow the file, complete, write data | no |
 //! | commit | the entry, in memory | – |
 //! | flush | data (and length) of every committed cluster | yes |
 //! | | the BAT entries of those clusters, and of no others | yes |
@@ -205,9 +205,9 @@ impl Top {
 
     /// Writes the entries of an image that was not closed where they are.
     ///
-    /// A sync that failed in another process leaves pages that the kernel takes for clean though the
-    /// disk never got them. Written again, they are dirty again. Every entry that can be read was
-    /// written after its cluster's data was on disk, so they may become durable in any order.
+    /// A sync that failed in another process leaves pages that the kernel takes for clean though
+    /// the disk never got them. Written again, they are dirty again. Every entry that can be read
+    /// was written after its cluster's data was on disk, so they may become durable in any order.
     fn write_again(&self) -> Result<()> {
         let mut bytes = vec![0; PAGE as usize * 4];
         let pages = u64::from(self.header.entries).div_ceil(PAGE);
@@ -221,8 +221,8 @@ impl Top {
         Ok(())
     }
 
-    /// Takes room on the host for the entries of `clusters`: the BAT of a new image is a hole, and a
-    /// flush that found the host full would stop every writer. Before the clusters are committed.
+    /// Takes room on the host for the entries of `clusters`: the BAT of a new image is a hole, and
+    /// a flush that found the host full would stop every writer. Comes before the commit.
     pub fn make_room(&self, clusters: Range<u64>) -> Result<()> {
         let blocks = Header::slot_offset(clusters.start) / BLOCK
             ..Header::slot_offset(clusters.end).div_ceil(BLOCK);
@@ -277,8 +277,8 @@ impl Top {
             )
         })?;
         let page = self.load(cluster / PAGE)?;
-        // Visible and pending in one step: who sees the entry may write in place and flush, and that
-        // flush must take the slot along.
+        // Visible and pending in one step: who sees the entry may write in place and flush, and
+        // that flush must take the slot along.
         let mut pending = lock(&self.pending);
         page[(cluster % PAGE) as usize].store(entry, Ordering::Release);
         // `entries` is 32 bits, and every cluster of the disk is below it.
