@@ -201,7 +201,7 @@ fn nbdinfo_describes_an_image() {
     }
     assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
     let (mib, data) = (1 << 20, 128 << 10);
-    // The second piece of data is as long as its blocks in the file: the rest of its cluster is sparse.
+    // The second piece is as long as its blocks in the file: the rest of its cluster is sparse.
     let rows = map(&uri);
     assert_eq!(
         rows[..3],

@@ -1,8 +1,8 @@
 //! How a server ends, and what is there afterwards. A write that was answered and then flushed is
 //! there after SIGKILL; after SIGTERM every answered one is.
 //!
-//! SIGKILL leaves the page cache, so this tells a lost entry, not a lost sector; the recording store
-//! tells those (the crash tests). An entry is in the file only after a flush.
+//! SIGKILL leaves the page cache, so this tells a lost entry, not a lost sector; the recording
+//! store tells those (the crash tests). An entry is in the file only after a flush.
 
 use std::path::Path;
 use std::sync::Mutex;
