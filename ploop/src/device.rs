@@ -21,6 +21,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
+use crate::gate::Pass;
 use crate::store::{StoreFile, read_or_zero};
 
 /// A piece of a guest range and where its bytes are.
@@ -119,6 +120,12 @@ pub trait Pending: Send + Debug {
     fn commit(&mut self) -> Result<()>;
 }
 
+/// What must be told that bytes were written in place.
+pub trait Written: Send + Sync + Debug {
+    /// Bytes of the file changed: the next flush must sync.
+    fn wrote(&self);
+}
+
 /// A prepared write: permission to write to the segments, and the duty to commit. Dropping it
 /// without commit gives the new clusters back; the guest range then reads as before, except for
 /// bytes that were overwritten in place.
@@ -126,6 +133,9 @@ pub trait Pending: Send + Debug {
 pub struct WriteLease {
     file: Arc<dyn StoreFile>,
     pending: Option<Box<dyn Pending>>,
+    written: Option<Arc<dyn Written>>,
+    /// Last, so that a barrier waits for all of the above.
+    pass: Option<Pass>,
 }
 
 impl WriteLease {
@@ -134,15 +144,31 @@ impl WriteLease {
         WriteLease {
             file,
             pending: None,
+            written: None,
+            pass: None,
         }
     }
 
     /// A write that ends in `pending.commit()`.
     pub fn allocating(file: Arc<dyn StoreFile>, pending: Box<dyn Pending>) -> WriteLease {
         WriteLease {
-            file,
             pending: Some(pending),
+            ..WriteLease::in_place(file)
         }
+    }
+
+    /// The same, telling `written` at its end.
+    #[must_use]
+    pub fn telling(mut self, written: Arc<dyn Written>) -> WriteLease {
+        self.written = Some(written);
+        self
+    }
+
+    /// The same, inside of a gate until its end.
+    #[must_use]
+    pub(crate) fn inside(mut self, pass: Pass) -> WriteLease {
+        self.pass = Some(pass);
+        self
     }
 
     /// The file that the segments of this write are in.
@@ -152,7 +178,13 @@ impl WriteLease {
 
     /// Enters the write. For [`Device::commit`] implementations only.
     pub fn finish(mut self) -> Result<()> {
-        self.pending.take().map_or(Ok(()), |mut p| p.commit())
+        if let Some(mut pending) = self.pending.take() {
+            pending.commit()?;
+        }
+        if let Some(written) = &self.written {
+            written.wrote();
+        }
+        Ok(())
     }
 }
 

@@ -10,6 +10,7 @@ pub mod device;
 pub mod disk;
 pub mod error;
 pub mod format;
+mod gate;
 pub mod locks;
 mod paged;
 pub mod store;

@@ -19,6 +19,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::RangeInclusive;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fs2::FileExt;
 
@@ -53,6 +54,16 @@ pub fn lock_image(file: &dyn StoreFile, use_for: Use) -> Result<()> {
     look(file, stops, use_for)
 }
 
+/// Makes a writer's locks a reader's, without an instant in which there are none.
+pub fn downgrade(file: &dyn StoreFile) -> Result<()> {
+    for byte in WRITE_LOCKS.iter().cloned().flatten() {
+        if !READ_LOCKS.iter().any(|kept| kept.contains(&byte)) {
+            file.unlock_bytes(byte, 1)?;
+        }
+    }
+    Ok(())
+}
+
 fn look(file: &dyn StoreFile, stops: &[RangeInclusive<u64>], use_for: Use) -> Result<()> {
     for bytes in stops {
         if !file.foreign_lock(*bytes.start(), bytes.end() - bytes.start() + 1)? {
@@ -70,6 +81,10 @@ fn look(file: &dyn StoreFile, stops: &[RangeInclusive<u64>], use_for: Use) -> Re
     Ok(())
 }
 
+/// How often, and how long after another, a lock without a holder's text is tried again.
+const TRIES: u32 = 50;
+const TRY_AGAIN: Duration = Duration::from_millis(2);
+
 /// The lock on a disk among programs of ours: `flock` on `<disk>/.ploop/lock`. The file is never
 /// renamed or removed; its text says who holds it, and means nothing once the lock is free.
 #[derive(Debug)]
@@ -79,9 +94,10 @@ pub struct DiskLock {
 }
 
 impl DiskLock {
-    /// Takes the lock of the disk in `dir`, creating `.ploop/lock` if need be. Error: `InUse`, at
-    /// once, naming the process that holds it.
-    pub fn acquire(dir: &Path) -> Result<DiskLock> {
+    /// Takes the lock of the disk in `dir`, creating `.ploop/lock` if need be. `control`: the socket
+    /// on which this process answers the control API. Error: `InUse`, at once, naming the process
+    /// that holds it.
+    pub fn acquire(dir: &Path, control: Option<&Path>) -> Result<DiskLock> {
         let side = dir.join(".ploop");
         match fs::create_dir(&side) {
             Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
@@ -89,53 +105,44 @@ impl DiskLock {
             }
             _ => {}
         }
-        // A disk directory can come from anybody: nothing of it may lead our writes elsewhere.
-        let is_dir = fs::symlink_metadata(&side).is_ok_and(|m| m.is_dir());
-        if !is_dir {
-            return Err(Error::new(Kind::Permission, "must be a directory, not a link").on(side));
-        }
-        let path = side.join("lock");
-        let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
-        let mut file = options
-            .open(&path)
-            .map_err(|e| Error::io("open", &path, e))?;
-        let meta = file.metadata().map_err(|e| Error::io("stat", &path, e))?;
-        if !meta.is_file() || meta.nlink() != 1 {
-            let what = "must be a regular file with one name";
-            return Err(Error::new(Kind::Permission, what).on(path));
-        }
-        if let Err(e) = FileExt::try_lock_exclusive(&file) {
-            if e.raw_os_error() != fs2::lock_contended_error().raw_os_error() {
-                return Err(Error::io("lock", &path, e));
+        let (file, path) = open_lock(&side, true)?;
+        let mut tries = 0;
+        while !try_lock(&file, &path)? {
+            let holder = Holder::read(&file);
+            // Who only asks for the holder has the lock for an instant, and writes no text.
+            if holder.is_none() && tries < TRIES {
+                tries += 1;
+                std::thread::sleep(TRY_AGAIN);
+                continue;
             }
-            let mut holder = String::new();
-            // Only a hint for people: a reader that fails shows none.
-            drop(
-                Read::by_ref(&mut file)
-                    .take(200)
-                    .read_to_string(&mut holder),
-            );
-            let holder = holder.lines().next().unwrap_or("an unknown process");
+            let who = holder.map_or_else(|| "an unknown process".into(), |h| h.who);
             return Err(
-                Error::new(Kind::InUse, format!("the disk is in use by {holder}"))
+                Error::new(Kind::InUse, format!("the disk is in use by {who}"))
                     .on(dir)
                     .fix("Stop that process, or ask it"),
             );
         }
         let lock = DiskLock { file, path };
         // Only a hint, and a full disk keeps nobody from the disk: it must still be removable.
-        drop(lock.write_holder());
+        drop(lock.write_holder(control));
         Ok(lock)
     }
 
-    fn write_holder(&self) -> Result<()> {
+    /// Who holds the lock of the disk in `dir` now; `None` when nobody does.
+    pub fn holder(dir: &Path) -> Result<Option<Holder>> {
+        let side = dir.join(".ploop");
+        if !side.join("lock").exists() {
+            return Ok(None);
+        }
+        let (file, path) = open_lock(&side, false)?;
+        if try_lock(&file, &path)? {
+            return Ok(None);
+        }
+        // Between taking the lock and writing its text there is none: then ask again.
+        Ok(Some(Holder::read(&file).unwrap_or_default()))
+    }
+
+    fn write_holder(&self, control: Option<&Path>) -> Result<()> {
         let io = |e| Error::io("write", &self.path, e);
         let pid = std::process::id();
         let name = std::env::current_exe()
@@ -146,7 +153,71 @@ impl DiskLock {
         let mut file = &self.file;
         file.set_len(0).map_err(io)?;
         file.seek(SeekFrom::Start(0)).map_err(io)?;
-        writeln!(file, "process {pid} ({name}, started at tick {start})").map_err(io)
+        let mut text = format!("process {pid} ({name}, started at tick {start})\n");
+        if let Some(control) = control {
+            text += &format!("control {}\n", control.display());
+        }
+        file.write_all(text.as_bytes()).map_err(io)
+    }
+}
+
+/// Opens the lock file of a disk. A disk directory can come from anybody: nothing of it may lead
+/// our writes elsewhere.
+fn open_lock(side: &Path, write: bool) -> Result<(File, PathBuf)> {
+    let is_dir = fs::symlink_metadata(side).is_ok_and(|m| m.is_dir());
+    if !is_dir {
+        return Err(Error::new(Kind::Permission, "must be a directory, not a link").on(side));
+    }
+    let path = side.join("lock");
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(write)
+        .create(write)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
+    let file = options
+        .open(&path)
+        .map_err(|e| Error::io("open", &path, e))?;
+    let meta = file.metadata().map_err(|e| Error::io("stat", &path, e))?;
+    if !meta.is_file() || meta.nlink() != 1 {
+        let what = "must be a regular file with one name";
+        return Err(Error::new(Kind::Permission, what).on(path));
+    }
+    Ok((file, path))
+}
+
+/// False when somebody else holds it.
+fn try_lock(file: &File, path: &Path) -> Result<bool> {
+    match FileExt::try_lock_exclusive(file) {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == fs2::lock_contended_error().raw_os_error() => Ok(false),
+        Err(e) => Err(Error::io("lock", path, e)),
+    }
+}
+
+/// Who holds a disk, by its own words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Holder {
+    /// For people: its process number and program.
+    pub who: String,
+    /// Where it answers the control API, if it does.
+    pub control: Option<PathBuf>,
+}
+
+impl Holder {
+    fn read(mut file: &File) -> Option<Holder> {
+        let mut text = String::new();
+        file.seek(SeekFrom::Start(0)).ok()?;
+        file.take(5000).read_to_string(&mut text).ok()?;
+        let mut lines = text.lines();
+        let who = lines.next()?.to_owned();
+        let control = lines.find_map(|l| l.strip_prefix("control "));
+        Some(Holder {
+            who,
+            control: control.map(PathBuf::from),
+        })
     }
 }
 
@@ -209,7 +280,7 @@ mod tests {
             let disk = dir.path().join(name);
             fs::create_dir(&disk).unwrap();
             plant(&disk);
-            assert!(DiskLock::acquire(&disk).is_err(), "{name}");
+            assert!(DiskLock::acquire(&disk, None).is_err(), "{name}");
             assert_eq!(fs::read(&victim).unwrap(), b"precious", "{name}");
         };
         let link = |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at);
@@ -231,8 +302,8 @@ mod tests {
     #[test]
     fn a_disk_is_held_once_and_the_second_is_told_by_whom() {
         let dir = tempfile::tempdir().unwrap();
-        let held = DiskLock::acquire(dir.path()).unwrap();
-        let e = DiskLock::acquire(dir.path()).unwrap_err();
+        let held = DiskLock::acquire(dir.path(), None).unwrap();
+        let e = DiskLock::acquire(dir.path(), None).unwrap_err();
         assert_eq!(e.kind(), Kind::InUse);
         assert!(
             e.to_string()
@@ -240,6 +311,6 @@ mod tests {
             "{e}"
         );
         drop(held);
-        DiskLock::acquire(dir.path()).unwrap();
+        DiskLock::acquire(dir.path(), None).unwrap();
     }
 }

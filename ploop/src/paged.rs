@@ -38,6 +38,20 @@ impl<P> Paged<P> {
         middle[page / FAN % FAN].get()?[page % FAN].get()
     }
 
+    /// Calls `f` with every page that was made, ascending.
+    pub(crate) fn each(&self, mut f: impl FnMut(u64, &P) -> Result<()>) -> Result<()> {
+        for (i, root) in self.roots.iter().enumerate() {
+            for (j, middle) in root.get().into_iter().flat_map(|r| r.iter()).enumerate() {
+                for (k, page) in middle.get().into_iter().flat_map(|m| m.iter()).enumerate() {
+                    if let Some(page) = page.get() {
+                        f(((i * FAN + j) * FAN + k) as u64, page)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The page, made by `make` if need be. Two threads may both make it; one result is kept, so
     /// `make` must not have effects, and nobody may change a page before this returned it.
     pub(crate) fn get_or_make(&self, page: u64, make: impl FnOnce() -> Result<P>) -> Result<&P> {

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::Chain;
 use crate::error::Result;
@@ -14,11 +14,26 @@ use crate::store::FileId;
 type LayerKey = (PathBuf, u64);
 type ChainKey = Vec<(FileId, u64)>;
 
+/// A place for one open layer. Whoever opens it holds its lock and nobody else's.
+type Slot = Arc<Mutex<Option<Weak<dyn Delta>>>>;
+
 /// The layers and chains that this process has open.
 #[derive(Debug, Default)]
 pub struct LayerCache {
-    layers: Mutex<HashMap<LayerKey, Weak<dyn Delta>>>,
+    layers: Mutex<HashMap<LayerKey, Slot>>,
     chains: Mutex<HashMap<ChainKey, Weak<Chain>>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// True for a slot that somebody uses, or is about to.
+fn in_use(slot: &Slot) -> bool {
+    Arc::strong_count(slot) > 1
+        || slot
+            .try_lock()
+            .is_ok_and(|s| s.as_ref().is_some_and(|l| l.strong_count() > 0))
 }
 
 impl LayerCache {
@@ -30,30 +45,62 @@ impl LayerCache {
         cluster: u64,
         open: impl FnOnce() -> Result<Arc<dyn Delta>>,
     ) -> Result<Arc<dyn Delta>> {
-        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (path, cluster);
-        if let Some(found) = layers.get(&key).and_then(Weak::upgrade) {
+        let slot = {
+            let mut layers = lock(&self.layers);
+            if !layers.contains_key(&(path.clone(), cluster)) {
+                layers.retain(|_, slot| in_use(slot));
+            }
+            layers.entry((path, cluster)).or_default().clone()
+        };
+        let mut place = lock(&slot);
+        if let Some(found) = place.as_ref().and_then(Weak::upgrade) {
             return Ok(found);
         }
-        layers.retain(|_, l| l.strong_count() > 0);
         let made = open()?;
-        layers.insert(key, Arc::downgrade(&made));
+        *place = Some(Arc::downgrade(&made));
         Ok(made)
     }
 
     /// The merged map of `deltas`, shared with whoever has the same files open.
     pub fn chain(&self, deltas: Vec<Arc<dyn Delta>>) -> Result<Arc<Chain>> {
-        let key: ChainKey = deltas
-            .iter()
-            .map(|d| (d.file().id(), d.cluster_bytes()))
-            .collect();
-        let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        let shareable = deltas.iter().all(|d| d.shareable());
+        let key = key(&deltas);
+        self.shared(key, shareable, || Chain::new(deltas))
+    }
+
+    /// The merged map of `delta` over `below`, as [`LayerCache::chain`].
+    pub fn over(&self, below: &Chain, delta: Arc<dyn Delta>) -> Result<Arc<Chain>> {
+        let mut deltas = below.deltas().to_vec();
+        deltas.push(delta.clone());
+        let shareable = deltas.iter().all(|d| d.shareable());
+        self.shared(key(&deltas), shareable, || Chain::over(below, delta))
+    }
+
+    fn shared(
+        &self,
+        key: ChainKey,
+        shareable: bool,
+        make: impl FnOnce() -> Result<Chain>,
+    ) -> Result<Arc<Chain>> {
+        if !shareable {
+            return Ok(Arc::new(make()?));
+        }
+        if let Some(found) = lock(&self.chains).get(&key).and_then(Weak::upgrade) {
+            return Ok(found);
+        }
+        let made = Arc::new(make()?);
+        let mut chains = lock(&self.chains);
+        // Somebody may have been faster.
         if let Some(found) = chains.get(&key).and_then(Weak::upgrade) {
             return Ok(found);
         }
         chains.retain(|_, c| c.strong_count() > 0);
-        let made = Arc::new(Chain::new(deltas)?);
         chains.insert(key, Arc::downgrade(&made));
         Ok(made)
     }
+}
+
+fn key(deltas: &[Arc<dyn Delta>]) -> ChainKey {
+    let key = |d: &Arc<dyn Delta>| (d.file().id(), d.cluster_bytes());
+    deltas.iter().map(key).collect()
 }

@@ -38,8 +38,8 @@ const FAULT: u64 = 3;
 /// Not yet resolved, while a page is being merged; no kind uses layer and sector all ones.
 const UNRESOLVED: u64 = u64::MAX;
 
-/// `None`: nothing but holes.
-type Page = Option<Box<[u64]>>;
+/// `None`: nothing but holes. Versions of a chain share the pages that are equal in both.
+type Page = Option<Arc<[u64]>>;
 
 /// Read-only deltas as one map.
 #[derive(Debug)]
@@ -117,6 +117,75 @@ impl Chain {
         })
     }
 
+    /// `delta` over `below`. What `below` has merged already is taken over, so that a snapshot does
+    /// not make the next reads slow.
+    pub fn over(below: &Chain, delta: Arc<dyn Delta>) -> Result<Chain> {
+        let mut deltas = below.deltas.clone();
+        deltas.push(delta.clone());
+        let layer = below.deltas.len() as u64;
+        let chain = Chain::new(deltas)?;
+        if chain.unit != below.unit || delta.size() < below.clip.last().copied().unwrap_or(0) {
+            return Ok(chain);
+        }
+        let mut runs = Vec::new();
+        below.pages.each(|number, page| {
+            let first = number * PAGE;
+            let start = first * chain.unit;
+            let end = ((first + PAGE).saturating_mul(chain.unit)).min(chain.clip[layer as usize]);
+            runs.clear();
+            if start < end {
+                delta.map(start..end, &mut runs)?;
+            }
+            let mut own = runs.iter().filter(|r| r.place != Place::Parent).peekable();
+            let merged = match own.peek() {
+                None => page.clone(),
+                Some(_) => {
+                    let mut entries = page
+                        .as_ref()
+                        .map_or_else(|| vec![HOLE; PAGE as usize], |p| p.to_vec());
+                    for run in own {
+                        let units =
+                            run.offset / chain.unit..(run.offset + run.len).div_ceil(chain.unit);
+                        entries[(units.start - first) as usize..(units.end - first) as usize]
+                            .fill(UNRESOLVED);
+                        chain.resolve(&mut entries, first, layer, run);
+                    }
+                    keep(entries)
+                }
+            };
+            chain.pages.get_or_make(number, || Ok(merged)).map(drop)
+        })?;
+        Ok(chain)
+    }
+
+    /// The same chain over `deltas`: the same files, opened otherwise.
+    pub fn with_deltas(&self, deltas: Vec<Arc<dyn Delta>>) -> Result<Chain> {
+        self.kept(Chain::new(deltas)?, &[])
+    }
+
+    /// The same chain, with the map of `changed` (guest bytes) to be merged anew.
+    pub fn refreshed(&self, changed: &[Range<u64>]) -> Result<Chain> {
+        self.kept(Chain::new(self.deltas.clone())?, changed)
+    }
+
+    fn kept(&self, chain: Chain, changed: &[Range<u64>]) -> Result<Chain> {
+        let bytes = PAGE * self.unit;
+        self.pages.each(|number, page| {
+            let start = number * bytes;
+            if changed
+                .iter()
+                .any(|c| c.start < start.saturating_add(bytes) && start < c.end)
+            {
+                return Ok(());
+            }
+            chain
+                .pages
+                .get_or_make(number, || Ok(page.clone()))
+                .map(drop)
+        })?;
+        Ok(chain)
+    }
+
     /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
         self.size
@@ -190,7 +259,7 @@ impl Chain {
         let first = number * PAGE;
         let start = first * self.unit;
         let end = ((first + PAGE).saturating_mul(self.unit)).min(self.size);
-        let mut entries = vec![UNRESOLVED; PAGE as usize].into_boxed_slice();
+        let mut entries = vec![UNRESOLVED; PAGE as usize];
         let mut runs: Vec<Run> = Vec::new();
         for (layer, delta) in self.deltas.iter().enumerate().rev() {
             let Some(hull) = unresolved(&entries, start, self.unit) else {
@@ -211,7 +280,7 @@ impl Chain {
                 *e = HOLE;
             }
         }
-        Ok(entries.iter().any(|&e| e != HOLE).then_some(entries))
+        Ok(keep(entries))
     }
 
     fn resolve(&self, entries: &mut [u64], first: u64, layer: u64, run: &Run) {
@@ -237,6 +306,14 @@ impl Chain {
             at = (index + 1) * self.unit;
         }
     }
+}
+
+/// A page as it is kept.
+fn keep(entries: Vec<u64>) -> Page {
+    entries
+        .iter()
+        .any(|&e| e != HOLE)
+        .then(|| Arc::from(entries))
 }
 
 /// From the first to the last unresolved entry of a page, in guest bytes.

@@ -140,21 +140,32 @@ impl Descriptor {
     /// and for `new_file` as in [`Descriptor::push_overlay`].
     pub fn replace_top(&mut self, onto: Guid, new_file: impl Into<String>) -> Result<Image> {
         let new_file = new_file.into();
-        let shot = self.shot(onto).ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("the disk has no snapshot {onto}"))
-        })?;
-        if onto == self.top {
-            return Err(Error::invalid(format!("{onto} is the top, not a snapshot")));
-        }
-        if shot.temporary != Temporary::No {
-            return Err(Error::invalid(format!(
-                "snapshot {onto} is marked for removal"
-            )));
-        }
+        self.admit_base(onto)?;
         self.admit_file(&new_file)?;
         let dropped = self.remove_leaf(self.top)?;
         self.push_top(onto, new_file);
         Ok(dropped)
+    }
+
+    /// Makes the top a snapshot named `old_top_becomes` and puts a new top, in `new_file`, on the
+    /// snapshot `onto`: a rollback that keeps what is there. Whatever hung on the old top still
+    /// does.
+    ///
+    /// Nothing is changed if it fails: for `onto` as in [`Descriptor::replace_top`], for the others
+    /// as in [`Descriptor::push_overlay`].
+    pub fn branch_off(
+        &mut self,
+        old_top_becomes: Guid,
+        onto: Guid,
+        new_file: impl Into<String>,
+    ) -> Result<()> {
+        self.admit_base(onto)?;
+        self.push_overlay(old_top_becomes, new_file)?;
+        let top = self.top;
+        if let Some(shot) = self.shot_mut(top) {
+            shot.parent = onto;
+        }
+        Ok(())
     }
 
     /// Removes the snapshot `guid`; what hangs on it then hangs on its parent. Returns its image.
@@ -199,6 +210,22 @@ impl Descriptor {
             parent,
             temporary: Temporary::No,
         });
+    }
+
+    /// Whether a new top may stand on `onto`.
+    fn admit_base(&self, onto: Guid) -> Result<()> {
+        let shot = self.shot(onto).ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("the disk has no snapshot {onto}"))
+        })?;
+        if onto == self.top {
+            return Err(Error::invalid(format!("{onto} is the top, not a snapshot")));
+        }
+        if shot.temporary != Temporary::No {
+            return Err(Error::invalid(format!(
+                "snapshot {onto} is marked for removal"
+            )));
+        }
+        Ok(())
     }
 
     fn admit_file(&self, file: &str) -> Result<()> {

@@ -1,14 +1,15 @@
 //! Zeroing and discarding, without data I/O wherever that is possible.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::write::{NewClusters, part};
-use super::{Disk, unmapped_run};
+use super::{Stack, unmapped_run};
 use crate::device::{Pending, Segment, SegmentPlace, ZeroMode};
 use crate::error::{Error, Kind, Result};
 
 /// Clusters looked at in one step: bounds the list of segments, whatever the range.
-const STEP_CLUSTERS: u64 = 4096;
+pub(super) const STEP_CLUSTERS: u64 = 4096;
 
 /// What is wanted of a range.
 #[derive(Clone, Copy, Debug)]
@@ -25,16 +26,10 @@ impl How {
     }
 }
 
-impl Disk {
-    pub(super) fn erase(&self, range: Range<u64>, how: How) -> Result<()> {
+impl Stack {
+    pub(super) fn erase(self: &Arc<Self>, range: Range<u64>, how: How) -> Result<()> {
         let top = self.top()?;
         top.check_latch()?;
-        if let How::Zero(ZeroMode {
-            only_if_fast: true, ..
-        }) = how
-        {
-            self.refuse_slow(&range)?;
-        }
         let mut at = range.start;
         while at < range.end {
             // Steps end on cluster borders, so that no cluster is looked at in two of them.
@@ -79,7 +74,7 @@ impl Disk {
     }
 
     /// Erases bytes that the top does not have.
-    fn erase_below(&self, range: Range<u64>, how: How) -> Result<()> {
+    fn erase_below(self: &Arc<Self>, range: Range<u64>, how: How) -> Result<()> {
         let mut clusters = Vec::new();
         if how.keep_space() {
             clusters.extend(range.start / self.cluster..range.end.div_ceil(self.cluster));
@@ -110,7 +105,7 @@ impl Disk {
     /// The clusters of `range` that have anything but holes below, in `range`.
     fn clusters_with_data(&self, range: &Range<u64>, clusters: &mut Vec<u64>) -> Result<()> {
         let mut segments: Vec<Segment> = Vec::new();
-        self.stack.map_below(range.clone(), &mut segments)?;
+        self.map_below(range.clone(), &mut segments)?;
         for s in segments.iter().filter(|s| s.place != SegmentPlace::Hole) {
             for cluster in s.offset / self.cluster..(s.offset + s.len).div_ceil(self.cluster) {
                 if clusters.last() != Some(&cluster) {
@@ -122,7 +117,7 @@ impl Disk {
     }
 
     /// Puts a sparse cluster over what is below, with `covered` zero and the rest completed.
-    fn erase_new(&self, cluster: u64, covered: Range<u64>, how: How) -> Result<()> {
+    fn erase_new(self: &Arc<Self>, cluster: u64, covered: Range<u64>, how: How) -> Result<()> {
         let top = self.top()?;
         top.before_change()?;
         let mut new = NewClusters::new(top);
@@ -141,7 +136,7 @@ impl Disk {
     }
 
     /// Refuses a range that cannot be zeroed without copying data from below.
-    fn refuse_slow(&self, range: &Range<u64>) -> Result<()> {
+    pub(super) fn refuse_slow(&self, range: &Range<u64>) -> Result<()> {
         let ends = [
             range.start / self.cluster,
             range.end.saturating_sub(1) / self.cluster,

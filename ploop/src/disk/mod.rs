@@ -11,16 +11,21 @@
 //! | below only | the lower file's range | new cluster, completed from below | whole: new cluster, nothing written; part: completed from below (discard: left) |
 //! | nowhere | a hole | new cluster, rest sparse | nothing to do |
 //!
-//! A [`ReadLease`] holds the stack, so no file closes under a reader. In this version nothing moves
-//! or frees a cluster of an open disk (see [`crate::format::ploop::top`]), so that is all it does.
+//! A stack is a *version*: it never changes, and whoever rearranges the layers ([`live`]) publishes
+//! the next one. A [`ReadLease`] holds the version that it was given on; what only old versions
+//! name is freed when the last of them is gone.
 
 mod erase;
+mod files;
 pub mod info;
+pub mod live;
 pub mod open;
-mod write;
+mod source;
+pub mod write;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use crate::chain::{Chain, push_segment};
 use crate::device::{
@@ -29,8 +34,10 @@ use crate::device::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::format::ploop::top::Top;
+use crate::gate::Gate;
 use crate::locks::DiskLock;
 use crate::store::StoreFile;
+use live::Seal;
 
 /// Guest bytes mapped at a time where a range may be the whole disk.
 const WINDOW: u64 = 256 << 20;
@@ -38,17 +45,43 @@ const WINDOW: u64 = 256 << 20;
 /// The most guest bytes that one [`Device::allocation`] call looks at.
 const ALLOCATION_MAX: u64 = 1 << 40;
 
-/// What a disk is made of.
+/// One version of what a disk is made of. A lease holds the version that it was given on.
 #[derive(Debug)]
 pub(crate) struct Stack {
     pub(crate) below: Option<Arc<Chain>>,
+    /// The top until the last barrier, on its way to being a part of the chain: reads only.
+    pub(crate) sealing: Option<Arc<Seal>>,
     pub(crate) top: Option<Arc<Top>>,
+    pub(crate) size: u64,
+    pub(crate) cluster: u64,
+    /// Last: while it lives, what is above may; once it is gone, all of that was let go.
+    pub(crate) alive: Arc<()>,
 }
 
 impl Stack {
-    /// The layer number of the top: one above the chain's.
-    fn top_layer(&self) -> u32 {
+    fn depth(&self) -> u32 {
         self.below.as_ref().map_or(0, |c| c.deltas().len() as u32)
+    }
+
+    /// The layer number of the top: above the chain's, and that of the one being sealed.
+    fn top_layer(&self) -> u32 {
+        self.depth() + u32::from(self.sealing.is_some())
+    }
+
+    pub(crate) fn top(&self) -> Result<&Arc<Top>> {
+        self.top
+            .as_ref()
+            .ok_or_else(|| Error::new(Kind::ReadOnly, "the disk is open read-only").on(self.path()))
+    }
+
+    fn path(&self) -> &Path {
+        let top_layer = self.top_layer();
+        let layer = if self.top.is_some() {
+            top_layer
+        } else {
+            top_layer - 1
+        };
+        self.file(layer).path()
     }
 
     /// Guest bytes from here on are a hole.
@@ -62,47 +95,64 @@ impl Stack {
 
     /// Appends the segments of `range` as they are below the top.
     pub(crate) fn map_below(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
-        match &self.below {
-            Some(chain) => chain.map(range, out),
-            None => {
-                push_segment(
-                    out,
-                    range.start,
-                    range.end - range.start,
-                    SegmentPlace::Hole,
-                );
-                Ok(())
-            }
+        match &self.sealing {
+            Some(seal) => map_over(&seal.top, self.depth(), range, out, &|range, out| {
+                self.map_chain(range, out)
+            }),
+            None => self.map_chain(range, out),
         }
     }
 
-    fn map(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
-        let Some(top) = &self.top else {
-            return self.map_below(range, out);
+    fn map_chain(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
+        let Some(chain) = &self.below else {
+            let len = range.end - range.start;
+            push_segment(out, range.start, len, SegmentPlace::Hole);
+            return Ok(());
         };
-        let cluster = top.header().cluster_bytes();
-        let layer = self.top_layer();
-        let mut at = range.start;
-        while at < range.end {
-            let run = unmapped_run(top, at..range.end)?;
-            if run > at {
-                self.map_below(at..run, out)?;
-                at = run;
-                continue;
-            }
-            let stop = ((at / cluster + 1) * cluster).min(range.end);
-            // `unmapped_run` saw an entry here, and entries never go away.
-            if let Some(offset) = top.lookup(at / cluster)? {
-                let place = SegmentPlace::File {
-                    layer,
-                    offset: offset + at % cluster,
-                };
-                push_segment(out, at, stop - at, place);
-            }
-            at = stop;
-        }
-        Ok(())
+        chain.map(range, out)
     }
+
+    fn map(&self, range: Range<u64>, out: &mut Vec<Segment>) -> Result<()> {
+        match &self.top {
+            Some(top) => map_over(top, self.top_layer(), range, out, &|range, out| {
+                self.map_below(range, out)
+            }),
+            None => self.map_below(range, out),
+        }
+    }
+}
+
+type MapBelow<'a> = &'a dyn Fn(Range<u64>, &mut Vec<Segment>) -> Result<()>;
+
+/// Appends the segments of `range` as `top`, at `layer`, and what is below it have them.
+fn map_over(
+    top: &Top,
+    layer: u32,
+    range: Range<u64>,
+    out: &mut Vec<Segment>,
+    below: MapBelow<'_>,
+) -> Result<()> {
+    let cluster = top.header().cluster_bytes();
+    let mut at = range.start;
+    while at < range.end {
+        let run = unmapped_run(top, at..range.end)?;
+        if run > at {
+            below(at..run, out)?;
+            at = run;
+            continue;
+        }
+        let stop = ((at / cluster + 1) * cluster).min(range.end);
+        // `unmapped_run` saw an entry here, and the entries of a top never go away.
+        if let Some(offset) = top.lookup(at / cluster)? {
+            let place = SegmentPlace::File {
+                layer,
+                offset: offset + at % cluster,
+            };
+            push_segment(out, at, stop - at, place);
+        }
+        at = stop;
+    }
+    Ok(())
 }
 
 /// The end of the run of bytes, from the start of `range` on, that the top does not have.
@@ -121,11 +171,12 @@ fn unmapped_run(top: &Top, range: Range<u64>) -> Result<u64> {
 
 impl Layers for Stack {
     fn file(&self, layer: u32) -> &Arc<dyn StoreFile> {
-        match (&self.below, &self.top) {
-            (Some(chain), _) if (layer as usize) < chain.deltas().len() => chain.file(layer),
-            (_, Some(top)) => top.file(),
-            (Some(chain), None) => chain.file(layer),
-            (None, None) => unreachable!("a stack has a chain or a top"),
+        match (&self.below, &self.sealing, &self.top) {
+            (Some(chain), _, _) if layer < self.depth() => chain.file(layer),
+            (_, Some(seal), _) if layer == self.depth() => seal.top.file(),
+            (_, _, Some(top)) => top.file(),
+            (Some(chain), _, None) => chain.file(layer),
+            (None, _, None) => unreachable!("a stack has a chain or a top"),
         }
     }
 
@@ -150,25 +201,44 @@ impl Layers for Stack {
 /// and the image stays marked in use.
 #[derive(Debug)]
 pub struct Disk {
-    stack: Arc<Stack>,
+    /// Every change passes it; a barrier closes it.
+    gate: Arc<Gate>,
+    current: RwLock<Arc<Stack>>,
+    /// Versions that were current and that leases may still hold.
+    past: Mutex<Vec<Weak<()>>>,
+    /// Held by whoever rearranges the layers.
+    arranging: Mutex<()>,
     size: u64,
     cluster: u64,
+    writable: bool,
     _lock: Option<DiskLock>,
 }
 
 impl Disk {
+    fn new(stack: Stack, lock: Option<DiskLock>) -> Disk {
+        Disk {
+            gate: Arc::default(),
+            past: Mutex::default(),
+            arranging: Mutex::default(),
+            size: stack.size,
+            cluster: stack.cluster,
+            writable: stack.top.is_some(),
+            current: RwLock::new(Arc::new(stack)),
+            _lock: lock,
+        }
+    }
+
     /// A read-only disk of a sealed chain.
     pub fn sealed(chain: Arc<Chain>) -> Disk {
-        let (size, cluster) = (chain.size(), chain.unit());
-        Disk {
-            stack: Arc::new(Stack {
-                below: Some(chain),
-                top: None,
-            }),
-            size,
-            cluster,
-            _lock: None,
-        }
+        let stack = Stack {
+            size: chain.size(),
+            cluster: chain.unit(),
+            below: Some(chain),
+            sealing: None,
+            top: None,
+            alive: Arc::default(),
+        };
+        Disk::new(stack, None)
     }
 
     /// A writable disk: `top` over `below`. Error: `Invalid` when what is below is larger, or its
@@ -192,46 +262,72 @@ impl Disk {
                 return Err(Error::corrupt(what).on(top.file().path()));
             }
         }
-        let stack = Arc::new(Stack {
+        let stack = Stack {
             below,
+            sealing: None,
             top: Some(Arc::new(top)),
-        });
-        Ok(Disk {
-            stack,
             size,
             cluster,
-            _lock: lock,
-        })
+            alive: Arc::default(),
+        };
+        Ok(Disk::new(stack, lock))
     }
 
-    fn top(&self) -> Result<&Arc<Top>> {
-        self.stack
-            .top
-            .as_ref()
-            .ok_or_else(|| Error::new(Kind::ReadOnly, "the disk is open read-only").on(self.path()))
+    /// The version in force.
+    pub(crate) fn stack(&self) -> Arc<Stack> {
+        // One pointer: it is whole after any panic.
+        self.current
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Erases step by step: a barrier waits for one step, however long the range is.
+    fn erase(&self, range: Range<u64>, how: erase::How) -> Result<()> {
+        let mut at = range.start;
+        // An empty range too asks whether the disk may be written.
+        loop {
+            let step = (at / self.cluster)
+                .saturating_add(erase::STEP_CLUSTERS)
+                .saturating_mul(self.cluster);
+            let stop = step.min(range.end);
+            let _pass = self.gate.enter();
+            self.stack().erase(at..stop, how)?;
+            at = stop;
+            if at >= range.end {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The version in force, once the descriptor names its top: what a flush must cover may lie in a
+    /// top that is not named yet.
+    fn committed(&self) -> Result<Arc<Stack>> {
+        loop {
+            let stack = self.stack();
+            match &stack.sealing {
+                Some(seal) if !seal.wait()? => {}
+                _ => return Ok(stack),
+            }
+        }
     }
 
     /// What lies below the top; of a read-only disk, all of it.
-    pub fn below(&self) -> Option<&Arc<Chain>> {
-        self.stack.below.as_ref()
+    pub fn below(&self) -> Option<Arc<Chain>> {
+        self.stack().below.clone()
     }
 
     /// The file of the uppermost layer.
-    pub fn path(&self) -> &std::path::Path {
-        let top_layer = self.stack.top_layer();
-        let layer = if self.stack.top.is_some() {
-            top_layer
-        } else {
-            top_layer - 1
-        };
-        self.stack.file(layer).path()
+    pub fn path(&self) -> PathBuf {
+        self.stack().path().to_path_buf()
     }
 
     /// Closes the disk: flushes, gives unused space at the end of the top back, clears its in-use
     /// mark; all durable on return. The caller has stopped all requests. Fails, and leaves the mark,
     /// when an earlier failure latched the disk. Idempotent.
     pub fn close(&self) -> Result<()> {
-        self.stack.top.as_ref().map_or(Ok(()), |top| top.close())
+        let stack = self.committed()?;
+        stack.top.as_ref().map_or(Ok(()), |top| top.close())
     }
 }
 
@@ -241,7 +337,7 @@ impl Device for Disk {
     }
 
     fn read_only(&self) -> bool {
-        self.stack.top.is_none()
+        !self.writable
     }
 
     fn cluster_bytes(&self) -> u64 {
@@ -251,24 +347,26 @@ impl Device for Disk {
     fn map(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<ReadLease> {
         segments.clear();
         check_range(&range, self.size)?;
-        self.stack.map(range, segments)?;
-        Ok(ReadLease::new(self.stack.clone()))
+        let stack = self.stack();
+        stack.map(range, segments)?;
+        Ok(ReadLease::new(stack))
     }
 
     fn prepare(&self, range: Range<u64>, segments: &mut Vec<WriteSegment>) -> Result<WriteLease> {
         segments.clear();
         check_range(&range, self.size)?;
-        self.prepare_write(range, segments)
-    }
-
-    fn commit(&self, lease: WriteLease) -> Result<()> {
-        lease.finish()?;
-        self.top()?.wrote();
-        Ok(())
+        // Inside first: the version that is current then stays so until the lease ends.
+        let pass = self.gate.enter();
+        let lease = self.stack().prepare_write(range, segments)?;
+        Ok(lease.inside(pass))
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
         check_range(&range, self.size)?;
+        if mode.only_if_fast {
+            let _pass = self.gate.enter();
+            self.stack().refuse_slow(&range)?;
+        }
         self.erase(range, erase::How::Zero(mode))
     }
 
@@ -278,7 +376,8 @@ impl Device for Disk {
     }
 
     fn flush(&self) -> Result<()> {
-        self.stack.top.as_ref().map_or(Ok(()), |top| top.flush())
+        let stack = self.committed()?;
+        stack.top.as_ref().map_or(Ok(()), |top| top.flush())
     }
 
     fn allocation(&self, range: Range<u64>, limit: usize, out: &mut Vec<Extent>) -> Result<()> {
@@ -288,7 +387,7 @@ impl Device for Disk {
         let mut at = range.start;
         // Of an absurdly large disk one call answers a part: ending early is allowed.
         let end = range.end.min(range.start.saturating_add(ALLOCATION_MAX));
-        let mapped = self.stack.mapped_end();
+        let mapped = self.stack().mapped_end();
         while at < end && out.len() <= limit {
             if at >= mapped {
                 push_extent(out, range.end - at, true);

@@ -13,8 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Disk;
+use super::files::Files;
+use crate::chain::Chain;
 use crate::chain::cache::LayerCache;
-use crate::descriptor::{self, Descriptor, Guid, Temporary};
+use crate::descriptor::{Descriptor, Guid, Temporary};
 use crate::error::{Error, Kind, Result};
 use crate::format::Delta;
 use crate::format::ploop::header::has_signature;
@@ -23,126 +25,17 @@ use crate::format::ploop::{Header, PloopDelta};
 use crate::format::qcow2;
 use crate::format::raw::RawDelta;
 use crate::locks::{DiskLock, Use, lock_image};
-use crate::store::{Access, EntryKind, Store, StoreFile};
+use crate::store::{Access, Store, StoreFile};
+
+pub use super::source::{Format, OpenOptions, Source};
 
 /// The descriptor's file name.
 pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
-/// Volumes above each other, at most (OpenVZ's limit).
-const VOLUMES_MAX: usize = 256;
-
-/// The format of one image file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// The guest's bytes.
-    Raw,
-    /// ploop v1 or v2.
-    Ploop,
-    /// qcow2, read-only.
-    Qcow2,
-}
-
-impl Format {
-    /// `raw`, `ploop`, `qcow2`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Format::Raw => "raw",
-            Format::Ploop => "ploop",
-            Format::Qcow2 => "qcow2",
-        }
-    }
-}
-
-/// What a user may name: a disk or an image, and perhaps one of its snapshots.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Source {
-    /// A descriptor, or one image file.
-    pub path: PathBuf,
-    /// True for a descriptor.
-    pub descriptor: bool,
-    /// The GUID (or name) after `@`.
-    pub snapshot: Option<String>,
-}
-
-impl Source {
-    /// Reads `PATH` or `PATH@SNAPSHOT`. A path that exists as it is written wins. Error: `NotFound`.
-    pub fn parse(store: &dyn Store, text: &str) -> Result<Source> {
-        if let Some(source) = Source::at(store, Path::new(text), None)? {
-            return Ok(source);
-        }
-        if let Some((path, snapshot)) = text.rsplit_once('@')
-            && !snapshot.is_empty()
-            && let Some(source) = Source::at(store, Path::new(path), Some(snapshot.to_owned()))?
-        {
-            return Ok(source);
-        }
-        Err(Error::new(
-            Kind::NotFound,
-            "no such image, disk directory or descriptor",
-        )
-        .on(text))
-    }
-
-    fn at(store: &dyn Store, path: &Path, snapshot: Option<String>) -> Result<Option<Source>> {
-        let real = match store.resolve(path) {
-            Err(e) if e.kind() == Kind::Permission => return Err(e),
-            Err(_) => return Ok(None),
-            Ok(real) => real,
-        };
-        let is_xml = path
-            .extension()
-            .is_some_and(|e| e.eq_ignore_ascii_case("xml"));
-        match store.kind(&real)? {
-            Some(EntryKind::Dir) => {
-                let path = path.join(DESCRIPTOR);
-                match store.kind(&path)? {
-                    None => {
-                        let what = format!("the directory has no {DESCRIPTOR}: it is no disk");
-                        return Err(Error::new(Kind::NotFound, what).on(real));
-                    }
-                    // It would make another directory the one that files may lie in.
-                    Some(EntryKind::Link) => {
-                        let what = "the descriptor is a link to another disk's";
-                        return Err(Error::new(Kind::Permission, what)
-                            .on(path)
-                            .fix("If that is meant, name the disk that it leads to"));
-                    }
-                    Some(_) => {}
-                }
-                Ok(Some(Source {
-                    path,
-                    descriptor: true,
-                    snapshot,
-                }))
-            }
-            Some(_) if is_xml && store.kind(path)? == Some(EntryKind::Link) => {
-                let what = "the descriptor is a link to another disk's";
-                Err(Error::new(Kind::Permission, what)
-                    .on(path)
-                    .fix("If that is meant, name the file that it leads to"))
-            }
-            Some(_) => Ok(Some(Source {
-                path: path.to_owned(),
-                descriptor: is_xml,
-                snapshot,
-            })),
-            None => Ok(None),
-        }
-    }
-}
-
-/// How a disk is opened.
-#[derive(Clone, Debug, Default)]
-pub struct OpenOptions {
-    /// For writing: the top of a disk, or one ploop image.
-    pub write: bool,
-    /// Take an image file for this format instead of looking at its first bytes.
-    pub format: Option<Format>,
-    /// Further directories that files named by files may lie in.
-    pub allow: Vec<PathBuf>,
-    /// Refuse a qcow2 image that names a backing file, wherever that is: for images that somebody
-    /// else made.
-    pub alone: bool,
-}
+/// Stands, in `.ploop`, before the GUID of a node that is being merged away: some of its bytes are
+/// only in its child already. On disk before the first of them is.
+pub const MERGING: &str = "merging.";
+/// How often an open for reading is tried again because the tree changed under it.
+const TRIES: u32 = 10;
 
 /// Opens disks; keeps what they share. One per process.
 #[derive(Debug)]
@@ -150,13 +43,7 @@ pub struct Opener {
     store: Arc<dyn Store>,
     cache: LayerCache,
     disk_locks: bool,
-}
-
-/// The images of one node, base first, as files.
-struct Files {
-    images: Vec<PathBuf>,
-    base_is_raw: bool,
-    cluster_sectors: u32,
+    control: Option<PathBuf>,
 }
 
 impl Opener {
@@ -174,7 +61,21 @@ impl Opener {
             store,
             cache: LayerCache::default(),
             disk_locks: false,
+            control: None,
         }
+    }
+
+    /// The same, in a process that answers the control API at `socket`: the lock of every disk that
+    /// it opens says so.
+    #[must_use]
+    pub fn with_control(mut self, socket: PathBuf) -> Opener {
+        self.control = Some(socket);
+        self
+    }
+
+    /// Takes the lock of the disk in `dir`. Error: `InUse`, naming the holder.
+    pub fn lock_disk(&self, dir: &Path) -> Result<DiskLock> {
+        DiskLock::acquire(dir, self.control.as_deref())
     }
 
     /// The store it opens files of.
@@ -251,30 +152,6 @@ impl Opener {
         }
     }
 
-    /// Every image of a disk's own tree with its file, each where it may be.
-    pub(super) fn files_of_tree(
-        &self,
-        d: &Descriptor,
-        xml: &Path,
-        options: &OpenOptions,
-    ) -> Result<Vec<(Guid, PathBuf)>> {
-        let xml = self.store.resolve(xml)?;
-        let (dir, allowed) = self.rooms(&xml, options)?;
-        let file =
-            |i: &descriptor::Image| Ok((i.guid, self.confined(&dir.join(&i.file), &allowed)?));
-        d.images.iter().map(file).collect()
-    }
-
-    /// The directory of a descriptor, and the directories that its files may lie in.
-    fn rooms(&self, xml: &Path, options: &OpenOptions) -> Result<(PathBuf, Vec<PathBuf>)> {
-        let dir = xml.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let mut allowed = vec![dir.clone()];
-        for a in &options.allow {
-            allowed.push(self.store.resolve(a)?);
-        }
-        Ok((dir, allowed))
-    }
-
     /// What the first bytes of an image file say. A raw file says nothing, so it is only taken for
     /// one by its name (`.raw`), whatever it begins with.
     fn probe(&self, path: &Path) -> Result<Format> {
@@ -311,18 +188,34 @@ impl Opener {
         })
     }
 
-    /// Reads the descriptor at `path`.
-    pub fn read_descriptor(&self, path: &Path) -> Result<Descriptor> {
-        let real = self.store.resolve(path)?;
-        let file = self.store.open(&real, Access::Read)?;
-        let len = file.len()?;
-        if len > descriptor::MAX_BYTES as u64 {
-            let what = format!("{len} bytes; {} is the limit", descriptor::MAX_BYTES);
-            return Err(Error::corrupt(what).on(path));
+    /// The ploop image at `path`, sealed, as a layer; shared with whoever has it open here.
+    pub fn sealed_delta(&self, path: &Path) -> Result<Arc<dyn Delta>> {
+        self.layer(&self.store.resolve(path)?, Some(0))
+    }
+
+    /// The same for a raw image under overlays with clusters of `cluster` bytes.
+    pub fn sealed_raw(&self, path: &Path, cluster: u64) -> Result<Arc<dyn Delta>> {
+        self.layer(&self.store.resolve(path)?, Some(cluster))
+    }
+
+    /// The chain of `delta` over `below`, shared like [`Opener::sealed_delta`].
+    pub fn chain_over(
+        &self,
+        below: Option<&Arc<Chain>>,
+        delta: Arc<dyn Delta>,
+    ) -> Result<Arc<Chain>> {
+        match below {
+            Some(below) => self.cache.over(below, delta),
+            None => self.cache.chain(vec![delta]),
         }
-        let mut bytes = vec![0; len as usize];
-        crate::store::read_exact(file.as_ref(), &mut bytes, 0)?;
-        descriptor::parse(&bytes).map_err(|e| e.on(path))
+    }
+
+    /// The chain of `deltas`, base first; `None` of none.
+    pub fn chain_of(&self, deltas: Vec<Arc<dyn Delta>>) -> Result<Option<Arc<Chain>>> {
+        match deltas.is_empty() {
+            true => Ok(None),
+            false => self.cache.chain(deltas).map(Some),
+        }
     }
 
     fn open_descriptor(&self, source: &Source, options: &OpenOptions) -> Result<Disk> {
@@ -330,16 +223,48 @@ impl Opener {
         let (dir, allowed) = self.rooms(&xml, options)?;
         // The lock comes before the descriptor is read: who changes it holds the lock.
         let lock = match options.write && self.disk_locks {
-            true => Some(DiskLock::acquire(&dir)?),
+            true => Some(self.lock_disk(&dir)?),
             false => None,
         };
-        let d = self.read_descriptor(&xml)?;
-        let node = self.node(&d, source)?;
         if options.write {
-            refuse_read_only(&d, node).map_err(|e| e.on(&source.path))?;
+            // The descriptor may be one whose rename a killed process did not make durable. What is
+            // flushed from here on is found by it only.
+            self.store.sync_dir(&dir)?;
+        }
+        let mut tries = 0;
+        loop {
+            let d = self.read_descriptor(&xml)?;
+            let opened = self.open_node(&d, &dir, &allowed, source, options);
+            // Reading takes no lock on the tree: files may have been exchanged since. From here on
+            // the locks on them keep them as they are.
+            let again = !options.write && tries < TRIES && self.read_descriptor(&xml)? != d;
+            if !again {
+                let (below, top) = opened?;
+                return match (top, below) {
+                    (Some(top), below) => Disk::writable(below, top, lock),
+                    (None, Some(chain)) => Ok(Disk::sealed(chain)),
+                    (None, None) => Err(Error::corrupt("the disk has no images").on(&source.path)),
+                };
+            }
+            tries += 1;
+        }
+    }
+
+    /// Opens a node of `d`: what is below, and the top when it is for writing.
+    fn open_node(
+        &self,
+        d: &Descriptor,
+        dir: &Path,
+        allowed: &[PathBuf],
+        source: &Source,
+        options: &OpenOptions,
+    ) -> Result<(Option<Arc<Chain>>, Option<Top>)> {
+        let node = self.node(d, source)?;
+        if options.write {
+            refuse_read_only(d, node).map_err(|e| e.on(&source.path))?;
         }
         let mut files = self
-            .node_files(&d, node, &dir, &allowed)
+            .node_files(d, node, dir, allowed)
             .map_err(|e| match e.path() {
                 Some(_) => e,
                 None => e.on(&source.path),
@@ -357,30 +282,28 @@ impl Opener {
             );
         }
         let deltas = self.layers(&files)?;
-        if d.shot(node).is_some_and(|s| s.temporary != Temporary::No)
-            && self.merge_began(&d, node, &dir, &allowed, &deltas)?
-        {
+        let removing = d.shot(node).is_some_and(|s| s.temporary != Temporary::No);
+        let marker = dir.join(".ploop").join(format!("{MERGING}{node}"));
+        if removing && self.store.kind(&marker)?.is_some() {
+            let what = format!("{node} is being merged into another and cannot be read any more");
+            return Err(Error::new(Kind::NotFound, what).on(&source.path));
+        }
+        if removing && self.merge_began(d, node, dir, allowed, &deltas)? {
             let what = format!("a merge into {node} was interrupted: what it shows is undefined");
             return Err(Error::corrupt(what).on(&source.path));
         }
-        let below = match deltas.is_empty() {
-            true => None,
-            false => Some(self.cache.chain(deltas)?),
+        let below = self.chain_of(deltas)?;
+        let Some(top) = top else {
+            return Ok((below, None));
         };
-        match (top, below) {
-            (None, Some(chain)) => Ok(Disk::sealed(chain)),
-            (None, None) => Err(Error::corrupt("the disk has no images").on(&source.path)),
-            (Some(top), below) => {
-                let file = self.store.open(&top, Access::Write)?;
-                lock_image(file.as_ref(), Use::Write)?;
-                let top = Top::open(file)?;
-                same_cluster(top.header(), top.file().as_ref(), files.cluster_sectors)?;
-                if let Some(chain) = &below {
-                    same_version(chain.deltas(), top.header(), top.file().as_ref())?;
-                }
-                Disk::writable(below, top, lock)
-            }
+        let file = self.store.open(&top, Access::Write)?;
+        lock_image(file.as_ref(), Use::Write)?;
+        let top = Top::open(file)?;
+        same_cluster(top.header(), top.file().as_ref(), files.cluster_sectors)?;
+        if let Some(chain) = &below {
+            same_version(chain.deltas(), top.header(), top.file().as_ref())?;
         }
+        Ok((below, Some(top)))
     }
 
     /// Whether the interrupted merge into `node`, whose layers are `deltas`, may have changed it.
@@ -406,72 +329,6 @@ impl Opener {
             parent.as_ref(),
             child.as_ref(),
         )?)
-    }
-
-    /// The files of `node`, base first, parent volumes included, each inside `allowed`.
-    fn node_files(
-        &self,
-        d: &Descriptor,
-        node: Guid,
-        dir: &Path,
-        allowed: &[PathBuf],
-    ) -> Result<Files> {
-        let mut files = Files {
-            images: Vec::new(),
-            base_is_raw: d.base_is_raw(),
-            cluster_sectors: d.cluster_sectors,
-        };
-        let (mut d, mut node, mut dir) = (d.clone(), node, dir.to_path_buf());
-        let mut seen = vec![dir.clone()];
-        loop {
-            let chain = d.chain(node)?;
-            for image in chain.iter().rev() {
-                let path = self.confined(&dir.join(&image.file), allowed)?;
-                if files.images.contains(&path) {
-                    let what = "one file is two images of the chain";
-                    return Err(Error::corrupt(what).on(path));
-                }
-                files.images.push(path);
-            }
-            let Some(outer) = d.outer_parent(node)? else {
-                break;
-            };
-            let Some(parent) = d.volume.as_ref().and_then(|v| v.parent.as_deref()) else {
-                return Err(Error::corrupt(format!(
-                    "parent {outer} is not in the descriptor"
-                )));
-            };
-            dir = self.confined(&dir.join(parent), allowed)?;
-            if seen.contains(&dir) || seen.len() == VOLUMES_MAX {
-                return Err(Error::corrupt("parent cycle among volumes").on(dir));
-            }
-            seen.push(dir.clone());
-            d = self.read_descriptor(&dir.join(DESCRIPTOR))?;
-            files.base_is_raw = d.base_is_raw();
-            node = outer;
-        }
-        files.images.reverse();
-        Ok(files)
-    }
-
-    /// `path` with all links resolved, when it lies in one of `allowed`.
-    fn confined(&self, path: &Path, allowed: &[PathBuf]) -> Result<PathBuf> {
-        let outside = |real: &Path| {
-            let what = "the descriptor names a file outside of the disk's directory";
-            Error::new(Kind::Permission, what)
-                .on(real)
-                .fix("If that is meant, allow its directory with --allow-dir DIR")
-        };
-        // Before anything is looked up: names outside are not even probed for existence.
-        let plain = lexical(path);
-        if !allowed.iter().any(|a| plain.starts_with(a)) {
-            return Err(outside(&plain));
-        }
-        let real = self.store.resolve(path)?;
-        match allowed.iter().any(|a| real.starts_with(a)) {
-            true => Ok(real),
-            false => Err(outside(&real)),
-        }
     }
 
     fn layers(&self, files: &Files) -> Result<Vec<Arc<dyn Delta>>> {
@@ -504,22 +361,6 @@ impl Opener {
         }
         Ok(deltas)
     }
-}
-
-/// `path` without `.` and `..`, links not looked at.
-fn lexical(path: &Path) -> PathBuf {
-    use std::path::Component;
-    let mut out = PathBuf::new();
-    for c in path.components() {
-        match c {
-            Component::ParentDir => {
-                out.pop();
-            }
-            Component::CurDir => {}
-            other => out.push(other),
-        }
-    }
-    out
 }
 
 fn is_dirty(delta: &dyn Delta) -> bool {

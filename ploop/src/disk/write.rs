@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Disk, Stack};
+use super::Stack;
 use crate::device::{Layers, Pending, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment};
 use crate::error::Result;
 use crate::format::ploop::top::Top;
@@ -102,14 +102,29 @@ impl Drop for NewClusters {
     }
 }
 
+/// Gives `top` a guest cluster that it does not have: allocates, lets `fill` write to the file
+/// offset that it is given (what it leaves reads as zeros), and enters it. False when the image has
+/// the cluster already; then nothing is done. Not durable before a flush.
+pub fn adopt(top: &Arc<Top>, cluster: u64, fill: impl FnOnce(u64) -> Result<()>) -> Result<bool> {
+    top.before_change()?;
+    let mut new = NewClusters::new(top);
+    if new.lock(cluster)?.is_some() {
+        return Ok(false);
+    }
+    let offset = new.allocate_one(cluster)?;
+    fill(offset)?;
+    new.commit()?;
+    Ok(true)
+}
+
 /// The part of a guest range that lies in `cluster`.
 pub(super) fn part(range: &Range<u64>, cluster: u64, bytes: u64) -> Range<u64> {
     range.start.max(cluster * bytes)..range.end.min((cluster + 1) * bytes)
 }
 
-impl Disk {
+impl Stack {
     pub(super) fn prepare_write(
-        &self,
+        self: &Arc<Self>,
         range: Range<u64>,
         segments: &mut Vec<WriteSegment>,
     ) -> Result<WriteLease> {
@@ -123,11 +138,11 @@ impl Disk {
             };
             push(segments, offset, &part(&range, cluster, bytes), bytes);
         }
-        Ok(WriteLease::in_place(top.file().clone()))
+        Ok(WriteLease::in_place(top.file().clone()).telling(top.clone()))
     }
 
     fn prepare_new(
-        &self,
+        self: &Arc<Self>,
         range: &Range<u64>,
         clusters: Range<u64>,
         segments: &mut Vec<WriteSegment>,
@@ -165,23 +180,23 @@ impl Disk {
             };
             push(segments, offset, &covered, bytes);
         }
-        Ok(WriteLease::allocating(top.file().clone(), Box::new(new)))
+        Ok(WriteLease::allocating(top.file().clone(), Box::new(new)).telling(top.clone()))
     }
 
     /// Copies what lies below a new cluster into it, except for the part that is `covered` by the
     /// write to come. The cluster reads as zeros before.
-    pub(super) fn complete(&self, cluster: u64, offset: u64, covered: &Range<u64>) -> Result<()> {
+    pub(super) fn complete(
+        self: &Arc<Self>,
+        cluster: u64,
+        offset: u64,
+        covered: &Range<u64>,
+    ) -> Result<()> {
         let start = cluster * self.cluster;
         let end = (start + self.cluster).min(self.size);
         let top = self.top()?;
         for rest in [start..covered.start, covered.end..end] {
             if rest.start < rest.end {
-                copy_below(
-                    &self.stack,
-                    top,
-                    rest.clone(),
-                    offset + (rest.start - start),
-                )?;
+                copy_below(self, top, rest.clone(), offset + (rest.start - start))?;
             }
         }
         Ok(())

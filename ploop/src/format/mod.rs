@@ -56,6 +56,11 @@ pub trait Delta: Send + Sync + Debug {
         self.size()
     }
 
+    /// False while the image is being rewritten: what is merged from it must not be kept for others.
+    fn shareable(&self) -> bool {
+        true
+    }
+
     /// The file that [`Place::File`] offsets refer to.
     fn file(&self) -> &Arc<dyn StoreFile>;
 

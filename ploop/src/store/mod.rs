@@ -18,7 +18,7 @@
 //! Durability, for every store: a change of a file's bytes or length is durable after
 //! [`StoreFile::sync`] on that file has returned; a name (create, rename, remove) is durable after
 //! [`Store::sync_dir`] on its directory has returned. Before that any subset, in any order, may be
-//! lost, sector (512 bytes) by sector.
+//! lost, sector (512 bytes) by sector. [`FileSystem::sync`] is both for everything at once.
 
 pub mod memory;
 pub mod real;
@@ -82,6 +82,10 @@ pub trait Store: Send + Sync + Debug {
     /// Renames a file or directory to a name that must be free. Error: `Exists`.
     fn rename_new(&self, from: &Path, to: &Path) -> Result<()>;
 
+    /// Gives a file a second name, which must be free. Error: `Exists`. Both names must be on one
+    /// file system.
+    fn hard_link(&self, from: &Path, to: &Path) -> Result<()>;
+
     /// Removes a file or symbolic link.
     fn remove_file(&self, path: &Path) -> Result<()>;
 
@@ -94,6 +98,10 @@ pub trait Store: Send + Sync + Debug {
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> Result<()>;
 
+    /// The file system that the directory `path` is on, to be synced as a whole later. `None` where
+    /// that cannot be trusted: then sync each file and directory.
+    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>>;
+
     /// The names in a directory, sorted.
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>>;
 
@@ -102,6 +110,14 @@ pub trait Store: Send + Sync + Debug {
 
     /// The absolute path with all links and `..` resolved. Error: `NotFound`.
     fn resolve(&self, path: &Path) -> Result<PathBuf>;
+}
+
+/// A whole file system, watched since [`Store::file_system`] returned it.
+pub trait FileSystem: Send + Sync + Debug {
+    /// Makes every byte, length and name that was changed on it before the call durable, other
+    /// programs' too: right for very many files, and as slow as everybody's dirty data. Fails also
+    /// when a write-back failed since it is watched; then nothing may be assumed.
+    fn sync(&self) -> Result<()>;
 }
 
 /// Bytes: one open file. All methods block; all are safe to call from many threads at once.
@@ -142,12 +158,22 @@ pub trait StoreFile: Send + Sync + Debug {
     /// does not need any. Never changes the length.
     fn zero(&self, offset: u64, len: u64) -> Result<()>;
 
+    /// Takes the space of the range, and changes no byte and no length: a later write there does not
+    /// need any. Safe beside any other call. Does nothing where the file system cannot.
+    fn reserve(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Sets the permissions. Not durable before the file system's own next commit.
+    fn set_mode(&self, mode: u32) -> Result<()>;
+
     /// The first range at or after `from` that may hold anything but zeros, cut to `to`; `None` when
     /// there is none. A store that cannot tell answers the whole range.
     fn next_data(&self, from: u64, to: u64) -> Result<Option<std::ops::Range<u64>>>;
 
     /// Takes advisory byte locks and keeps them until the file is dropped; see [`crate::locks`].
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Gives back what [`StoreFile::lock_bytes`] took of the range.
+    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()>;
 
     /// True when a foreign lock would stop an exclusive lock on the range.
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool>;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{Access, EntryKind, FileId, Store, StoreFile};
+use super::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
 use crate::error::{Error, Result};
 
 /// The host's file system. Stateless; cheap to clone and share.
@@ -78,6 +78,10 @@ impl Store for RealStore {
             .map_err(|e| Error::io(format!("rename to {}", to.display()), from, e.into()))
     }
 
+    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
+        fs::hard_link(from, to).map_err(|e| Error::io(format!("link to {}", to.display()), from, e))
+    }
+
     fn remove_file(&self, path: &Path) -> Result<()> {
         fs::remove_file(path).map_err(|e| Error::io("remove", path, e))
     }
@@ -97,6 +101,20 @@ impl Store for RealStore {
         let dir = dir.map_err(|e| Error::io("open directory", path, e))?;
         dir.sync_all()
             .map_err(|e| Error::io("sync directory", path, e))
+    }
+
+    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
+        let flags = i32::try_from(OFlags::DIRECTORY.bits()).unwrap_or_default();
+        let dir = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let dir = dir.map_err(|e| Error::io("open directory", path, e))?;
+        let kind = rustix::fs::fstatfs(&dir).map_err(|e| Error::io("statfs", path, e.into()))?;
+        if kind.f_type == FUSE {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(RealFileSystem {
+            path: path.to_path_buf(),
+            dir,
+        })))
     }
 
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
@@ -139,6 +157,23 @@ impl Store for RealStore {
 
     fn resolve(&self, path: &Path) -> Result<PathBuf> {
         fs::canonicalize(path).map_err(|e| Error::io("find", path, e))
+    }
+}
+
+/// `f_type` of FUSE, which passes a sync of the whole on to its server only in some cases.
+const FUSE: rustix::fs::FsWord = 0x6573_5546;
+
+/// The open directory remembers which write-back errors came before it (from Linux 5.8 on).
+#[derive(Debug)]
+struct RealFileSystem {
+    path: PathBuf,
+    dir: File,
+}
+
+impl FileSystem for RealFileSystem {
+    fn sync(&self) -> Result<()> {
+        rustix::fs::syncfs(&self.dir)
+            .map_err(|e| Error::io("sync the file system of", &self.path, e.into()))
     }
 }
 
@@ -275,6 +310,22 @@ impl StoreFile for RealFile {
         )
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        loop {
+            match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, offset, len) {
+                Err(Errno::INTR) => {}
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
+                Err(e) => return Err(self.err("reserve space", offset, e.into())),
+            }
+        }
+    }
+
+    fn set_mode(&self, mode: u32) -> Result<()> {
+        let mode = rustix::fs::Mode::from_raw_mode(mode);
+        rustix::fs::fchmod(&self.file, mode)
+            .map_err(|e| Error::io("set the permissions", &self.path, e.into()))
+    }
+
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
         let io = |e: Errno| self.err("seek", from, e.into());
         // pread and pwrite never use the file position, so moving it here disturbs nobody; two
@@ -300,6 +351,12 @@ impl StoreFile for RealFile {
         let mut lock = flock(libc::F_RDLCK, offset, len);
         self.fcntl_lock(libc::F_OFD_SETLK, &mut lock)
             .map_err(|e| self.err("lock bytes", offset, e))
+    }
+
+    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        let mut lock = flock(libc::F_UNLCK, offset, len);
+        self.fcntl_lock(libc::F_OFD_SETLK, &mut lock)
+            .map_err(|e| self.err("unlock bytes", offset, e))
     }
 
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {

@@ -109,6 +109,42 @@ fn branches_are_walked_and_rolled_back() {
 }
 
 #[test]
+fn branching_off_keeps_the_old_top_and_refuses_what_a_rollback_refuses() {
+    let mut d = branched();
+    let before = d.clone();
+    d.shot_mut(node(2)).unwrap().temporary = Temporary::Temporary;
+    let marked = d.clone();
+    for (becomes, onto, file, kind) in [
+        (node(5), node(2), "x", Kind::Invalid),
+        (node(5), Guid::TOP, "x", Kind::Invalid),
+        (node(5), node(77), "x", Kind::NotFound),
+        (node(5), node(3), "two", Kind::Exists),
+        (node(3), node(9), "x", Kind::Exists),
+        (Guid::TOP, node(9), "x", Kind::Invalid),
+        (Guid::NONE, node(9), "x", Kind::Invalid),
+    ] {
+        let e = d.branch_off(becomes, onto, file).unwrap_err();
+        assert_eq!(e.kind(), kind, "{becomes} {onto} {file}");
+        assert_eq!(d, marked);
+    }
+    d = before;
+    // What hangs on the old top stays there, under its new name.
+    d.branch_off(node(5), node(3), "six").unwrap();
+    saved(&d);
+    assert_eq!(files(&d, Guid::TOP), ["base", "one", "branch", "six"]);
+    assert_eq!(files(&d, node(5)), ["base", "one", "two", "top"]);
+    // Back again, and nothing is lost.
+    d.branch_off(node(6), node(5), "seven").unwrap();
+    saved(&d);
+    assert_eq!(files(&d, Guid::TOP), ["base", "one", "two", "top", "seven"]);
+    assert_eq!(files(&d, node(6)), ["base", "one", "branch", "six"]);
+    // Onto its own parent: the two become siblings.
+    d.branch_off(node(7), node(5), "eight").unwrap();
+    saved(&d);
+    assert_eq!(d.children(node(5)), [node(7), Guid::TOP]);
+}
+
+#[test]
 fn removing_a_node_hands_its_children_down() {
     let mut d = branched();
     assert_eq!(d.remove(node(1)).unwrap().file, "one");

@@ -208,7 +208,7 @@ impl Delta for PloopDelta {
 }
 
 /// Appends a run, joined to the one before where they continue each other.
-fn push(runs: &mut Vec<Run>, run: Run) {
+pub(super) fn push(runs: &mut Vec<Run>, run: Run) {
     if let Some(last) = runs.last_mut() {
         let joins = last.offset + last.len == run.offset
             && match (last.place, run.place) {

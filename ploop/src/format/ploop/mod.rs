@@ -12,8 +12,9 @@ pub mod delta;
 pub mod extension;
 pub mod flush;
 pub mod header;
+mod merging;
 pub mod top;
 
-pub use create::create;
+pub use create::{create, create_unsynced};
 pub use delta::PloopDelta;
 pub use header::{Header, Version};

@@ -2,7 +2,7 @@
 //!
 //! | step | what | durable before the next step |
 //! |---|---|---|
-//! | open, found marked | what was read | yes |
+//! | open | what was read | yes |
 //! | first change, found marked | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | | cut the file behind the last cluster in use | no |
@@ -16,6 +16,7 @@
 //! An entry on disk therefore names a cluster whose bytes are on disk, at every instant. Entries
 //! only ever go from 0 to a cluster: discarded clusters are punched where they are and keep their
 //! entry, so no cluster changes owner while the image is open, and no lease can see one that does.
+//! The one exception is [`Top::take_out`], for an image that is being merged away.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -30,10 +31,10 @@ use super::header::{FLAG_EMPTY, Header, IN_USE_CLOSED, IN_USE_DIRTY, Version};
 use crate::error::{Error, Kind, Result};
 use crate::paged::Paged;
 use crate::store::{StoreFile, read_exact};
-use crate::verify::{Class, FindingKind, ImageScan, class_of, scan_image};
+use crate::verify::{Class, FindingKind, ImageScan, Used, class_of, scan_image};
 
 /// BAT entries in a page of the map: 4 KiB.
-const PAGE: u64 = crate::verify::PAGE_ENTRIES;
+pub(super) const PAGE: u64 = crate::verify::PAGE_ENTRIES;
 /// Bytes of a block of the host, or a multiple of it.
 const BLOCK: u64 = 4096;
 /// The most bytes of BAT written in one call.
@@ -44,8 +45,8 @@ type Page = Box<[AtomicU32]>;
 /// The writable image. All methods may be called from many threads.
 #[derive(Debug)]
 pub struct Top {
-    file: Arc<dyn StoreFile>,
-    header: Header,
+    pub(super) file: Arc<dyn StoreFile>,
+    pub(super) header: Header,
     map: Paged<Page>,
     /// A bit per page: it has entries on disk. The others are zeros and never read.
     stored: Box<[u64]>,
@@ -56,7 +57,7 @@ pub struct Top {
     pending: Mutex<Vec<u32>>,
     /// Blocks of the BAT that have room on the host.
     roomy: Mutex<BTreeSet<u64>>,
-    gate: FlushGate,
+    pub(super) gate: FlushGate,
     /// Data was written, or a length changed, since the last flush began.
     unsynced: AtomicBool,
     marked: AtomicBool,
@@ -71,15 +72,14 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Top {
-    /// Opens an image for writing. Scans its BAT; a damaged one is refused, one that was not closed
-    /// cleanly is made durable as it stands and goes on from there. Writes nothing.
+    /// Opens an image for writing. Scans its BAT; a damaged one is refused. It is made durable as it
+    /// stands, closed cleanly or not, and goes on from there. Writes nothing.
     pub fn open(file: Arc<dyn StoreFile>) -> Result<Top> {
         let scan = scan_image(file.as_ref())?;
         refuse_unwritable(file.as_ref(), &scan)?;
-        if scan.header.dirty() {
-            // What we read may still be in the page cache of a killed process only.
-            file.sync()?;
-        }
+        // What we read, the mark of a clean close included, may still be in the page cache of a
+        // killed process only.
+        file.sync()?;
         let alloc = Alloc::new(&scan.header, &scan.used);
         let pages = u64::from(scan.header.entries).div_ceil(PAGE);
         let mut stored = vec![0u64; pages.div_ceil(64) as usize].into_boxed_slice();
@@ -101,6 +101,26 @@ impl Top {
             header: scan.header,
             file,
         })
+    }
+
+    /// A new, empty image that was created with `header` marked in use, in `file`.
+    pub fn fresh(file: Arc<dyn StoreFile>, header: &Header) -> Top {
+        let pages = u64::from(header.entries).div_ceil(PAGE);
+        Top {
+            map: Paged::new(pages),
+            stored: vec![0u64; pages.div_ceil(64) as usize].into_boxed_slice(),
+            alloc: Mutex::new(Alloc::new(header, &Used::default())),
+            busy: Busy::default(),
+            pending: Mutex::default(),
+            roomy: Mutex::default(),
+            gate: FlushGate::default(),
+            unsynced: AtomicBool::new(false),
+            marked: AtomicBool::new(true),
+            unclean: AtomicBool::new(true),
+            mark: Mutex::new(()),
+            header: header.marked(IN_USE_CLOSED),
+            file,
+        }
     }
 
     /// The image's file.
@@ -149,7 +169,7 @@ impl Top {
         }
     }
 
-    fn load(&self, page: u64) -> Result<&Page> {
+    pub(super) fn load(&self, page: u64) -> Result<&Page> {
         self.map.get_or_make(page, || {
             let first = page * PAGE;
             let count = PAGE.min(u64::from(self.header.entries).saturating_sub(first));
@@ -229,18 +249,16 @@ impl Top {
         if clusters.is_empty() {
             return Ok(());
         }
-        let mut roomy = lock(&self.roomy);
-        for block in blocks.filter(|b| !roomy.contains(b)).collect::<Vec<_>>() {
+        let missing: Vec<u64> = {
+            let roomy = lock(&self.roomy);
+            blocks.filter(|b| !roomy.contains(b)).collect()
+        };
+        // Without the lock: a disk that is slow here holds up nobody else.
+        for block in missing {
             let start = block * BLOCK;
-            let len = BLOCK.min(self.header.data_start - start);
-            let mut bytes = [0; BLOCK as usize];
-            let bytes = &mut bytes[..len as usize];
-            read_exact(self.file.as_ref(), bytes, start)?;
-            // Nothing is committed in this block yet, so nobody else writes it.
-            if bytes.iter().all(|b| *b == 0) {
-                self.file.zero(start, len)?;
-            }
-            roomy.insert(block);
+            self.file
+                .reserve(start, BLOCK.min(self.header.data_start - start))?;
+            lock(&self.roomy).insert(block);
         }
         Ok(())
     }
@@ -296,6 +314,11 @@ impl Top {
     /// Fails when an earlier failure latched the image.
     pub fn check_latch(&self) -> Result<()> {
         self.gate.check()
+    }
+
+    /// Latches the image: every later change and flush fails, saying `why`.
+    pub fn latch(&self, why: &Error) {
+        self.gate.latch(why);
     }
 
     /// Makes durable everything committed, written, zeroed or punched before the call. Order: data,

@@ -141,6 +141,14 @@ impl StoreFile for MemoryFile {
         self.clear(offset, len)
     }
 
+    fn reserve(&self, _offset: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn set_mode(&self, _mode: u32) -> Result<()> {
+        Ok(())
+    }
+
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
         Ok(self.node.read().next_data(from, to))
     }
@@ -151,6 +159,25 @@ impl StoreFile for MemoryFile {
             handle: self.handle,
             bytes,
         });
+        Ok(())
+    }
+
+    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        let freed = lock_range(offset, len);
+        let mut locks = locked(&self.node.locks);
+        for lock in std::mem::take(&mut *locks) {
+            if lock.handle != self.handle {
+                locks.push(lock);
+                continue;
+            }
+            let Range { start, end } = lock.bytes;
+            for bytes in [start..end.min(freed.start), start.max(freed.end)..end] {
+                if bytes.start < bytes.end {
+                    let handle = lock.handle;
+                    locks.push(Lock { handle, bytes });
+                }
+            }
+        }
         Ok(())
     }
 

@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
-use super::{Access, EntryKind, FileId, Store, StoreFile};
+use super::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
 use crate::error::{Error, Result};
 use file::{MemoryFile, Node};
 use names::Names;
@@ -174,6 +174,15 @@ impl MemoryStore {
     }
 }
 
+#[derive(Debug)]
+struct Lossless;
+
+impl FileSystem for Lossless {
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
 impl Store for MemoryStore {
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn StoreFile>> {
         let names = self.names();
@@ -198,6 +207,11 @@ impl Store for MemoryStore {
         self.names().rename(from, to, false).map_err(os(what, from))
     }
 
+    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
+        let what = format!("link to {}", to.display());
+        self.names().hard_link(from, to).map_err(os(what, from))
+    }
+
     fn remove_file(&self, path: &Path) -> Result<()> {
         self.names().remove_file(path).map_err(os("remove", path))
     }
@@ -216,6 +230,11 @@ impl Store for MemoryStore {
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
         self.dir_id(path).map(drop)
+    }
+
+    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
+        self.dir_id(path)?;
+        Ok(Some(Box::new(Lossless)))
     }
 
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {

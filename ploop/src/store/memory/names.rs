@@ -164,6 +164,27 @@ impl Names {
         Ok(())
     }
 
+    pub(super) fn hard_link(&mut self, from: &Path, to: &Path) -> OsResult<()> {
+        let ino = self.find(from)?;
+        if self.dirs.contains_key(&ino) {
+            return Err(Errno::PERM);
+        }
+        let (dir, name, _) = self.free_name(to)?;
+        self.link(dir, name, ino);
+        Ok(())
+    }
+
+    /// Forgets a file whose last name went; whoever has it open keeps its bytes.
+    fn forget(&mut self, ino: u64) {
+        let named = self
+            .dirs
+            .values()
+            .any(|dir| dir.values().any(|&n| n == ino));
+        if !named {
+            self.files.remove(&ino);
+        }
+    }
+
     pub(super) fn remove_file(&mut self, path: &Path) -> OsResult<()> {
         let place = self.place(path)?;
         let ino = self.found(&place)?.ok_or(Errno::NOENT)?;
@@ -173,7 +194,7 @@ impl Names {
             return Err(Errno::ISDIR);
         }
         self.unlink(dir, &name);
-        self.files.remove(&ino);
+        self.forget(ino);
         Ok(())
     }
 
@@ -211,14 +232,14 @@ impl Names {
             Some(old) => self.may_replace(ino, old)?,
             None => {}
         }
-        if let Some(old) = old {
-            self.files.remove(&old);
-            self.dirs.remove(&old);
-        }
         let (from, to) = (source.dir(), target.dir());
         if let (Some(source), Some(target)) = (source.name, target.name) {
             self.unlink(from, &source);
             self.link(to, target, ino);
+        }
+        if let Some(old) = old {
+            self.dirs.remove(&old);
+            self.forget(old);
         }
         Ok(())
     }

@@ -1,20 +1,35 @@
 //! One open file of the recording store.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::RecordingStore;
 use super::fault::Class;
 use super::log::{Action, Event};
 use crate::error::Result;
-use crate::store::{FileId, StoreFile};
+use crate::store::{FileId, FileSystem, StoreFile};
 
 /// Passes every call to the memory file below and logs those that change something.
 #[derive(Debug)]
 pub(super) struct RecordingFile {
     pub(super) store: RecordingStore,
     pub(super) inner: Arc<dyn StoreFile>,
+}
+
+/// All of the recording store.
+#[derive(Debug)]
+pub(super) struct RecordingFileSystem {
+    pub(super) store: RecordingStore,
+    pub(super) path: PathBuf,
+}
+
+impl FileSystem for RecordingFileSystem {
+    fn sync(&self) -> Result<()> {
+        let action = |started, outcome| Action::SyncAll { started, outcome };
+        let what = "sync the file system of";
+        self.store.sync_call(what, &self.path, action)
+    }
 }
 
 impl RecordingFile {
@@ -115,6 +130,18 @@ impl StoreFile for RecordingFile {
         self.clear(offset, len, || self.inner.zero(offset, len), action)
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        self.store.change("reserve space", self.path(), || {
+            self.inner.reserve(offset, len)?;
+            Ok(((), None))
+        })
+    }
+
+    fn set_mode(&self, mode: u32) -> Result<()> {
+        self.store.look("set the permissions", self.path())?;
+        self.inner.set_mode(mode)
+    }
+
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
         self.store.look("seek", self.path())?;
         self.inner.next_data(from, to)
@@ -123,6 +150,11 @@ impl StoreFile for RecordingFile {
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
         self.store.look("lock bytes", self.path())?;
         self.inner.lock_bytes(offset, len)
+    }
+
+    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        self.store.look("unlock bytes", self.path())?;
+        self.inner.unlock_bytes(offset, len)
     }
 
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {

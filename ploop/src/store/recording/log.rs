@@ -59,6 +59,11 @@ pub(super) enum Action {
         from: Name,
         to: Name,
     },
+    /// A second name of a file. A file that has two is never renamed by code under test.
+    HardLink {
+        file: u64,
+        name: Name,
+    },
     Remove {
         name: Name,
     },
@@ -77,6 +82,10 @@ pub(super) enum Action {
     },
     SyncDir {
         dir: u64,
+        started: usize,
+        outcome: Outcome,
+    },
+    SyncAll {
         started: usize,
         outcome: Outcome,
     },
@@ -120,11 +129,13 @@ impl fmt::Display for Event {
             Action::Punch { offset, len, .. } => write!(f, "punch {path} {offset:#x}+{len:#x}"),
             Action::Zero { offset, len, .. } => write!(f, "zero {path} {offset:#x}+{len:#x}"),
             Action::Rename { to, .. } => write!(f, "rename {path} {}", to.path.display()),
+            Action::HardLink { name, .. } => write!(f, "link {path} {}", name.path.display()),
             Action::Remove { .. } => write!(f, "remove {path}"),
             Action::CreateDir { .. } => write!(f, "create_dir {path}"),
             Action::RemoveDir { .. } => write!(f, "remove_dir {path}"),
             Action::Sync { outcome, .. } => write!(f, "sync {path}{}", ended(outcome)),
             Action::SyncDir { outcome, .. } => write!(f, "sync_dir {path}{}", ended(outcome)),
+            Action::SyncAll { outcome, .. } => write!(f, "sync_all {path}{}", ended(outcome)),
             Action::Mark(mark) => write!(f, "mark {mark}"),
         }
     }
@@ -198,7 +209,9 @@ impl Action {
                     })
                     .collect()
             }
-            Action::Create { file: ino, name } | Action::CreateDir { dir: ino, name } => {
+            Action::Create { file: ino, name }
+            | Action::HardLink { file: ino, name }
+            | Action::CreateDir { dir: ino, name } => {
                 vec![Unit::Link {
                     ino: *ino,
                     name: name.clone(),
@@ -214,7 +227,10 @@ impl Action {
             Action::Remove { name } | Action::RemoveDir { name } => {
                 vec![Unit::Unlink { name: name.clone() }]
             }
-            Action::Sync { .. } | Action::SyncDir { .. } | Action::Mark(_) => Vec::new(),
+            Action::Sync { .. }
+            | Action::SyncDir { .. }
+            | Action::SyncAll { .. }
+            | Action::Mark(_) => Vec::new(),
         }
     }
 }

@@ -23,6 +23,7 @@
 //!   between are two units, and the second alone may survive: what it replaced is gone, though the
 //!   first one, which was to save that, is lost.
 //! * A removed name is gone whatever it named; a directory that is lost takes all in it along.
+//! * A sync of the whole file system does so for everything that was changed before it began.
 //! * A sync that failed leaves its units losable for ever, whatever later syncs report.
 //!
 //! All changes and syncs pass one mutex, so the log is an order that all threads agree on.
@@ -40,10 +41,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::memory::MemoryStore;
-use super::{Access, EntryKind, Store, StoreFile};
+use super::{Access, EntryKind, FileSystem, Store, StoreFile};
 use crate::error::Result;
 use fault::{Class, Faults, Verdict};
-use file::RecordingFile;
+use file::{RecordingFile, RecordingFileSystem};
 use log::{Action, Event, Name, Outcome};
 use replay::Replay;
 
@@ -364,6 +365,15 @@ impl Store for RecordingStore {
         self.rename_with(from, to, |memory| memory.rename_new(from, to))
     }
 
+    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
+        self.change("link", from, || {
+            self.shared.memory.hard_link(from, to)?;
+            let made = self.entry(to);
+            let action = made.and_then(|(name, ino)| Some(Action::HardLink { file: ino?, name }));
+            Ok(((), action))
+        })
+    }
+
     fn remove_file(&self, path: &Path) -> Result<()> {
         self.change("remove", path, || {
             let entry = self.entry(path);
@@ -397,6 +407,15 @@ impl Store for RecordingStore {
             outcome,
         };
         self.sync_call("sync directory", path, action)
+    }
+
+    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
+        self.look("open directory", path)?;
+        self.shared.memory.dir_id(path)?;
+        Ok(Some(Box::new(RecordingFileSystem {
+            store: self.clone(),
+            path: path.to_path_buf(),
+        })))
     }
 
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {

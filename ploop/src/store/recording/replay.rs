@@ -110,6 +110,7 @@ impl Replay {
                 }
                 touched && (outcome != Outcome::Done || pending.dirs.is_empty())
             }),
+            Action::SyncAll { started, outcome } => self.sync(started, outcome, |_| true),
             _ => {}
         }
         let number = self.at;

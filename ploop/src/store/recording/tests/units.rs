@@ -266,3 +266,32 @@ fn marks_belong_to_the_point_after_them() {
     let count = |point| rec.states_at(point, &Budget::default()).count();
     assert_eq!([6, 3, 1, 3, 6].map(count), [1, 2, 1, 2, 1]);
 }
+
+#[test]
+fn a_sync_of_the_file_system_covers_all_that_came_before_it() {
+    let (rec, file) = with_file(S);
+    let whole = rec.file_system(p("/")).unwrap().unwrap();
+    file.write_at(&[b'b'; S], 0).unwrap();
+    rec.create_dir(p("/d")).unwrap();
+    let other = rec.create(p("/d/g"), 0o600).unwrap();
+    other.write_at(b"ggg", 0).unwrap();
+    whole.sync().unwrap();
+    file.write_at(&[b'c'; S], 0).unwrap();
+    let end = rec.log().len();
+    for state in rec.states_at(end, &Budget::default()) {
+        assert_eq!(text(&state.build(), "/d/g"), "g+3");
+    }
+    assert_eq!(of_f(&rec), ["b1", "c1"]);
+}
+
+#[test]
+fn what_a_failed_sync_of_the_file_system_covered_is_lost_for_ever() {
+    let (rec, file) = with_file(S);
+    let whole = rec.file_system(p("/")).unwrap().unwrap();
+    file.write_at(&[b'b'; S], 0).unwrap();
+    rec.fail_sync(rec.syncs(), crate::store::recording::Fault::Eio);
+    assert!(whole.sync().is_err());
+    file.sync().unwrap();
+    whole.sync().unwrap();
+    assert_eq!(of_f(&rec), ["a1", "b1"]);
+}
