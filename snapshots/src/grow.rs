@@ -7,12 +7,13 @@
 
 use ploop::device::Device;
 use ploop::error::{Kind, Result};
-use ploop::store::StoreFile;
+use ploop::format::ploop::Header;
+use ploop::store::{SECTOR, StoreFile};
 use uuid::Uuid;
 
-use crate::layer::{self, IMAGE, NewLayer};
+use crate::layer::{self, IMAGE, NewLayer, Sealed, SealedLayer};
 use crate::store::{Root, Work, read_small, write_new};
-use crate::template::{TemplateDisk, TemplateLayer, data_of};
+use crate::template::data_of;
 use crate::{convert, rootfs};
 
 /// What growing cost.
@@ -28,7 +29,7 @@ pub struct Grown {
 /// the disk that we can grow (no ext4 in the first partition, or on the whole disk).
 pub(crate) fn layer_for(
     root: &Root,
-    disk: &mut TemplateDisk,
+    disk: &mut Sealed,
     size: u64,
     owner: Uuid,
     progress: &dyn Fn(u64, u64),
@@ -62,10 +63,10 @@ pub(crate) fn layer_for(
     }))
 }
 
-fn grown_layer(root: &Root, id: Uuid) -> TemplateLayer {
+fn grown_layer(root: &Root, id: Uuid) -> SealedLayer {
     let image = layer::path(root, id).join(IMAGE);
     // The node's name in every clone's tree is the layer's own id.
-    TemplateLayer {
+    SealedLayer {
         id,
         guid: ploop::descriptor::Guid::from_bytes(id.into_bytes()),
         image,
@@ -102,15 +103,16 @@ fn cached(root: &Root, record: &std::path::Path) -> Result<Option<Uuid>> {
 
 fn make(
     root: &Root,
-    disk: &TemplateDisk,
+    disk: &Sealed,
     size: u64,
     owner: Uuid,
     work: &Work<'_>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Option<Uuid>> {
     let store = root.store();
-    let source = crate::template::source(root, &disk.name);
-    let before = root.opener().open(&source, &root.open_options(false))?;
+    let before = root
+        .opener()
+        .open(&disk.source, &root.open_options(false))?;
     let flat = work.path().join("grown.raw");
     let file = store.create(&flat, 0o600)?;
     file.set_len(before.size())?;
@@ -120,14 +122,15 @@ fn make(
     if !grown.filesystem {
         let reason = grown.reason.unwrap_or_default();
         tracing::warn!(
-            template = disk.name,
+            source = disk.shown,
             reason,
             "only the disk is larger, not what is on it"
         );
         return Ok(None);
     }
-    let below = before.below().cloned();
-    let new = NewLayer::create(root, work, disk.cluster_sectors, size, below)?;
+    let below = before.below();
+    let header = Header::new(disk.version, disk.cluster_sectors, size / SECTOR)?;
+    let new = NewLayer::with_header(root, work, &header, below)?;
     copy_changes(file.as_ref(), &before, &new.disk)?;
     // The container to come refers to it; it refers to the layers that it stands on.
     let id = new.seal(root, owner)?;

@@ -1,9 +1,10 @@
 //! Every operation that changes the tree or the set of disks, one file each.
 //!
 //! ```text
-//!  template::import ─┐                    ┌─ clone::create_container     list
+//!  template::import ─┐                    ┌─ clone::create_containers    list
 //!  rootfs (dir, tar) ├─ layers/UUID ──────┤                              remove
-//!  convert (images) ─┘   sealed, shared   └─ grow (a larger size, once)
+//!  convert (images) ─┤   sealed, shared   └─ grow (a larger size, once)   hash
+//!  share (snapshots) ┘       └─ flatten
 //!                              store::Root: names, locks, work directories
 //! ```
 //!
@@ -13,17 +14,31 @@
 
 pub mod clone;
 pub mod convert;
+pub mod delete;
+pub mod export;
+mod flatten;
+pub mod foretell;
 pub mod grow;
+pub mod hash;
 mod layer;
 pub mod list;
-mod meta;
+pub mod merge;
+pub mod meta;
 pub mod name;
+pub mod place;
 pub mod remove;
+pub mod rename;
 pub mod rootfs;
+pub mod share;
+pub mod snapshot;
 pub mod store;
+pub mod switch;
 pub mod template;
+pub mod tree;
+mod uses;
 
-pub use clone::{CreateOptions, Created, create_container};
-pub use remove::{remove_container, remove_template};
+pub use clone::{CloneSource, CreateOptions, Created};
+pub use clone::{create_container, create_containers, numbered};
+pub use remove::{remove_container, remove_containers, remove_template};
 pub use store::{DEFAULT_ROOT, Root};
 pub use template::{ImportOptions, ImportSource, ImportStep, Imported, import};

@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use ploop::disk::open::DESCRIPTOR;
-use ploop::error::Result;
+use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::delta::read_header;
 use ploop::store::{Access, SECTOR};
 use serde::Serialize;
 
-use crate::layer;
 use crate::meta::Meta;
 use crate::store::Root;
-use crate::template::data_of;
+use crate::template::{self, data_of};
+use crate::uses::{self, Found, Uses};
 
 /// A container, as `ploop list` shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -43,8 +43,12 @@ pub struct TemplateEntry {
     pub data: u64,
     /// Cluster size in bytes.
     pub cluster: u64,
-    /// Containers (and grown layers) that stand on it.
+    /// Containers that are cloned from it.
     pub clones: usize,
+    /// Its layers, base first.
+    pub layers: Vec<LayerEntry>,
+    /// The hash of its content, where it was recorded.
+    pub content: Option<String>,
     /// `ext4`, when it was built from a root filesystem.
     pub filesystem: Option<String>,
     /// First byte of the filesystem.
@@ -55,33 +59,91 @@ pub struct TemplateEntry {
     pub source: String,
 }
 
-/// The containers of a store, by name. A damaged one is listed with its error.
+/// One layer of a template.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerEntry {
+    /// Its id, and its directory in `layers`.
+    pub id: String,
+    /// Bytes of data in it.
+    pub data: u64,
+    /// Disks that stand on it: containers and templates.
+    pub disks: usize,
+}
+
+/// The containers of a store, by name. A damaged one is listed with its error. Takes no lock.
 pub fn containers(root: &Root) -> Result<Vec<ContainerEntry>> {
-    let mut templates = HashMap::new();
+    let templates = by_layer(root)?;
+    Ok(root
+        .names("containers")?
+        .into_iter()
+        .filter_map(|name| described(root, name, &templates))
+        .collect())
+}
+
+/// One container. Error: `NotFound`.
+pub fn one(root: &Root, name: &str) -> Result<ContainerEntry> {
+    crate::name::check(name)?;
+    let found = described(root, name.to_owned(), &by_layer(root)?);
+    found.ok_or_else(|| {
+        let what = format!("there is no container {name}");
+        Error::new(Kind::NotFound, what).on(root.container(name))
+    })
+}
+
+/// What is known of a container; `None` when it is not there, or not any more.
+fn described(root: &Root, name: String, templates: &Templates) -> Option<ContainerEntry> {
+    let look = || container(root, name.clone(), templates);
+    unless_removed(root, &root.container(&name), look).unwrap_or_else(|e| {
+        Some(ContainerEntry {
+            name,
+            size: 0,
+            data: 0,
+            template: None,
+            depth: 0,
+            error: Some(e.to_string()),
+        })
+    })
+}
+
+fn by_layer(root: &Root) -> Result<Templates> {
+    let mut templates = Templates::new();
     for name in root.names("templates")? {
         let dir = root.template(&name);
-        let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR))?;
-        if let Some(base) = d.images.first() {
-            templates.insert(layer_name(&base.file), name);
+        let read = || -> Result<_> {
+            let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR))?;
+            Ok((d, Meta::read(root.store(), &dir)?))
+        };
+        let Some((d, meta)) = unless_removed(root, &dir, read)? else {
+            continue;
+        };
+        let origin = meta.template.and_then(|t| t.origin);
+        if let Some(top) = d.image(d.top) {
+            let of = templates.entry(layer_name(&top.file)).or_default();
+            of.push((name, origin));
         }
     }
-    let mut entries = Vec::new();
-    for name in root.names("containers")? {
-        match container(root, name.clone(), &templates) {
-            Ok(entry) => entries.push(entry),
-            // It was removed since we read the directory.
-            Err(_) if root.store().kind(&root.container(&name))?.is_none() => {}
-            Err(e) => entries.push(ContainerEntry {
-                name,
-                size: 0,
-                data: 0,
-                template: None,
-                depth: 0,
-                error: Some(e.to_string()),
-            }),
+    Ok(templates)
+}
+
+/// By the uppermost layer of each template: its name, and the id of the container whose snapshot it
+/// is.
+type Templates = HashMap<String, Vec<(String, Option<String>)>>;
+
+/// How often a disk that cannot be read is looked at again.
+const LOOK_AGAIN: u32 = 8;
+
+/// What `look` finds in the disk in `dir`; `None` when somebody removed it meanwhile.
+fn unless_removed<T>(root: &Root, dir: &Path, look: impl Fn() -> Result<T>) -> Result<Option<T>> {
+    let mut again = 0;
+    loop {
+        match look() {
+            Ok(found) => return Ok(Some(found)),
+            Err(_) if root.store().kind(dir)?.is_none() => return Ok(None),
+            Err(e) if again == LOOK_AGAIN => return Err(e),
+            // It may have been removed and made again under our eyes.
+            Err(_) => again += 1,
         }
     }
-    Ok(entries)
 }
 
 /// The layer's directory name in a path like `../../layers/UUID/image.hds`.
@@ -91,21 +153,23 @@ fn layer_name(file: &str) -> String {
         .unwrap_or_default()
 }
 
-fn container(
-    root: &Root,
-    name: String,
-    templates: &HashMap<String, String>,
-) -> Result<ContainerEntry> {
+fn container(root: &Root, name: String, templates: &Templates) -> Result<ContainerEntry> {
     let dir = root.container(&name);
     let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR))?;
+    let meta = Meta::read(root.store(), &dir)?;
     let chain = d.chain(d.top)?;
+    // The uppermost that it stands on, unless that is a snapshot of its own.
+    let is_ours = |origin: &Option<String>| origin.is_some() && *origin == meta.id;
+    let template = chain.iter().rev().find_map(|image| {
+        let of = templates.get(&layer_name(&image.file))?;
+        let of = of.iter().find(|(_, origin)| !is_ours(origin));
+        of.map(|(name, _)| name.clone())
+    });
     let mut entry = ContainerEntry {
         name,
         size: d.disk_sectors.unwrap_or(0) * SECTOR,
         data: 0,
-        template: chain
-            .first()
-            .and_then(|base| templates.get(&layer_name(&base.file)).cloned()),
+        template,
         depth: chain.len(),
         error: None,
     };
@@ -122,31 +186,54 @@ fn container(
     Ok(entry)
 }
 
-/// The templates of a store, by name.
+/// The templates of a store, by name. Takes no lock.
 pub fn templates(root: &Root) -> Result<Vec<TemplateEntry>> {
-    root.names("templates")?
-        .into_iter()
-        .map(|name| template(root, &name))
-        .collect()
+    let disks = uses::scan(root)?;
+    let mut entries = Vec::new();
+    for name in root.names("templates")? {
+        let look = || template_among(root, &name, &disks);
+        entries.extend(unless_removed(root, &root.template(&name), look)?);
+    }
+    Ok(entries)
 }
 
 /// One template. Error: `NotFound`.
 pub fn template(root: &Root, name: &str) -> Result<TemplateEntry> {
-    let disk = crate::template::open(root, name)?;
-    let meta = Meta::read(root.store(), &root.template(name))?
-        .template
-        .unwrap_or_default();
-    let (mut data, mut clones) = (0, 0);
+    template::checked(root, name)?;
+    template_among(root, name, &uses::scan(root)?)
+}
+
+fn template_among(root: &Root, name: &str, disks: &[Found]) -> Result<TemplateEntry> {
+    let disk = template::open(root, name)?;
+    let own = uses::of(root, &root.template(name), true)?;
+    let meta = own.meta.template.clone().unwrap_or_default();
+    // What damaged disks stand on is not known.
+    let known: Vec<(bool, &Uses)> = disks
+        .iter()
+        .filter_map(|f| Some((f.is_template, f.uses.as_ref().ok()?)))
+        .collect();
+    let mut layers = Vec::new();
     for l in &disk.layers {
-        data += data_of(root, &l.image)?;
-        clones = layer::references(root, l.id)?.saturating_sub(1);
+        layers.push(LayerEntry {
+            id: l.id.to_string(),
+            data: data_of(root, &l.image)?,
+            disks: known
+                .iter()
+                .filter(|(_, u)| u.layers.contains(&l.id))
+                .count(),
+        });
     }
+    let top = disk.top()?.id;
+    let is_clone =
+        |(is_template, uses): &&(bool, &Uses)| !is_template && uses.is_clone_of(top, &own);
     Ok(TemplateEntry {
         name: name.to_owned(),
         size: disk.size,
-        data,
+        data: layers.iter().map(|l| l.data).sum(),
         cluster: u64::from(disk.cluster_sectors) * SECTOR,
-        clones,
+        clones: known.iter().filter(is_clone).count(),
+        layers,
+        content: meta.content,
         filesystem: meta.filesystem,
         partition_offset: meta.partition_offset,
         created: meta.created,

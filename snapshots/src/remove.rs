@@ -1,27 +1,53 @@
 //! `ploop rm`, `ploop template rm`, and collecting what nobody refers to.
 
-use std::collections::HashSet;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
 use ploop::locks::{Use, lock_image};
-use ploop::store::{Access, EntryKind, StoreFile};
+use ploop::store::{Access, StoreFile};
 use uuid::Uuid;
 
-use crate::store::{Root, move_dir, remove_tree};
-use crate::{layer, list, name, template};
+use crate::store::{Root, move_dir, remove_tree, sync_moves};
+use crate::{layer, name, template, uses};
 
-/// Removes a container and its data.
+/// Removes a container and its data: [`remove_containers`] for one.
+pub fn remove_container(root: &Root, name: &str) -> Result<()> {
+    remove_containers(root, &[name.to_owned()])
+}
+
+/// Removes containers and their data. Durable on return.
 ///
-/// 1. take its lock (`InUse` while it is served);
-/// 2. COMMIT: rename its directory into `tmp`, durable;
-/// 3. remove its files, then its references, then layers that nobody refers to any more.
+/// 1. take each one's lock (`InUse` while it is served);
+/// 2. COMMIT, for each: rename its directory into `tmp`. Then one sync for all;
+/// 3. remove their files, then their references, then layers that nobody refers to any more.
 ///
 /// Cut after 2: the container is gone; its files and references are collected later. None of it
-/// takes room: a full host is what removing is for.
-pub fn remove_container(root: &Root, name: &str) -> Result<()> {
+/// takes room: a full host is what removing is for. One that cannot be removed keeps the others
+/// from nothing; the first such error is returned at the end.
+pub fn remove_containers(root: &Root, names: &[String]) -> Result<()> {
+    // Before we look: who waits here with us may want to remove the same one.
+    let _alone = root.lock(true)?;
+    let (mut moved, mut failed) = (false, None);
+    for name in names {
+        match put_away(root, name) {
+            Ok(()) => moved = true,
+            Err(e) => failed = failed.or(Some(e)),
+        }
+    }
+    if moved {
+        let [from, to] = ["containers", "tmp"].map(|room| root.dir().join(room));
+        sync_moves(root.store(), &from, &to)?;
+        // 3. Nobody works in there, so the files are collected like those of interrupted work.
+        collect(root)?;
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+/// Steps 1 and 2 for one container; its name is not durably gone on return.
+fn put_away(root: &Root, name: &str) -> Result<()> {
     name::check(name)?;
     let dir = root.container(name);
     if root.store().kind(&dir)?.is_none() {
@@ -30,10 +56,15 @@ pub fn remove_container(root: &Root, name: &str) -> Result<()> {
             .on(dir)
             .fix("`ploop list` shows what there is"));
     }
-    let _alone = root.lock(true)?;
     let _held = root.lock_disk(&dir)?;
     let _free = lock_images(root, &dir)?;
-    remove_disk(root, &dir)
+    // COMMIT
+    root.store().rename_new(&dir, &away(root))
+}
+
+/// A free name in `tmp`.
+fn away(root: &Root) -> PathBuf {
+    root.dir().join("tmp").join(Uuid::new_v4().to_string())
 }
 
 /// Locks the container's own images against whoever has one open by its file. A container whose
@@ -56,49 +87,66 @@ fn lock_images(root: &Root, dir: &Path) -> Result<Vec<Arc<dyn StoreFile>>> {
     Ok(locked)
 }
 
-/// Removes a template. Containers that were cloned from it keep its layer; the layer itself goes
-/// with the last of them.
+/// Removes a template that no container is cloned from. A layer goes with the last disk that stands
+/// on it, the template or another. Errors: `NotFound`; `InUse`, with how many use it.
+///
+/// 1. COMMIT: rename its directory into `tmp`, durable;
+/// 2. remove its files, its references, and layers that nobody refers to any more.
 pub fn remove_template(root: &Root, name: &str) -> Result<()> {
     let _alone = root.lock(true)?;
+    let dir = template::checked(root, name)?;
     let disk = template::open(root, name)?;
+    let own = uses::of(root, &dir, true)?;
     let mut used = 0;
-    for c in list::containers(root)? {
-        if let Some(why) = c.error {
-            let what = format!("container {} may be cloned from it: {why}", c.name);
-            return Err(Error::new(Kind::InUse, what).on(root.template(name)));
+    for found in uses::scan(root)?.iter().filter(|f| !f.is_template) {
+        match &found.uses {
+            Ok(uses) => used += usize::from(uses.is_clone_of(disk.top()?.id, &own)),
+            Err(why) => {
+                let what = format!("container {} may be cloned from it: {why}", found.name());
+                return Err(Error::new(Kind::InUse, what).on(dir));
+            }
         }
-        used += usize::from(c.template.as_deref() == Some(name));
     }
     if used > 0 {
         let what = format!("{used} containers are cloned from template {name}");
         return Err(Error::new(Kind::InUse, what)
-            .on(root.template(name))
+            .on(dir)
             .fix("Remove them first (`ploop list` names them)"));
     }
-    remove_disk(root, &root.template(&disk.name))
+    // Who flattens it works on it.
+    let _held = root.lock_disk(&dir)?;
+    move_dir(root.store(), &dir, &away(root))?;
+    collect(root)
 }
 
-fn remove_disk(root: &Root, dir: &Path) -> Result<()> {
-    // 2. COMMIT
-    let away = root.dir().join("tmp").join(Uuid::new_v4().to_string());
-    move_dir(root.store(), dir, &away)?;
-    // 3. Nobody works in there, so the files are collected like those of interrupted work.
+/// Removes what interrupted operations left in a store: to be called now and then, and at a daemon's
+/// start. Waits for the store's lock.
+pub fn sweep(root: &Root) -> Result<()> {
+    let _alone = root.lock(true)?;
     collect(root)
 }
 
 /// Removes references that no disk needs, layers that have none, and leftovers of interrupted
-/// work. The caller holds the store's lock alone.
+/// work. The caller holds the store's lock alone, so no disk is between its references and its
+/// descriptor.
 pub(crate) fn collect(root: &Root) -> Result<()> {
     root.collect_tmp()?;
     let store = root.store();
-    let needed = match needed(root) {
-        Ok(needed) => needed,
-        Err(e) => {
-            // What a damaged disk needs cannot be known, so nothing is taken away.
-            tracing::warn!(error = %e, "layers that nobody needs stay until this is mended");
-            return Ok(());
+    let mut needed: HashMap<Uuid, HashSet<Uuid>> = HashMap::new();
+    for found in uses::scan(root)? {
+        match found.uses {
+            Ok(uses) => {
+                for layer in uses.layers {
+                    needed.entry(layer).or_default().extend(&uses.ids);
+                }
+            }
+            Err(e) => {
+                // What a damaged disk needs cannot be known, so nothing is taken away.
+                tracing::warn!(error = %e, "layers that nobody needs stay until this is mended");
+                return Ok(());
+            }
         }
-    };
+    }
     loop {
         let mut removed = false;
         for id in layer_ids(root)? {
@@ -107,7 +155,9 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
                 let keep = match owner {
                     // A layer that stands on this one, or a disk that needs it.
                     Some(owner) => {
-                        needed.owners.contains(&owner)
+                        needed
+                            .get(&id)
+                            .is_some_and(|owners| owners.contains(&owner))
                             || store.kind(&layer::path(root, owner))?.is_some() && owner != id
                     }
                     None => true,
@@ -116,7 +166,7 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
                     layer::release(root, id, owner)?;
                 }
             }
-            if layer::references(root, id)? == 0 && !needed.layers.contains(&id) {
+            if layer::references(root, id)? == 0 && !needed.contains_key(&id) {
                 remove_layer(root, id)?;
                 removed = true;
             }
@@ -125,46 +175,6 @@ pub(crate) fn collect(root: &Root) -> Result<()> {
             return Ok(());
         }
     }
-}
-
-/// What the disks of a store need.
-#[derive(Default)]
-struct Needed {
-    /// Owners of references: the id of each template and of each container.
-    owners: HashSet<Uuid>,
-    /// Layers that a descriptor names, whatever the references say.
-    layers: HashSet<Uuid>,
-}
-
-/// Reads every descriptor, also of directories whose names are none of ours.
-fn needed(root: &Root) -> Result<Needed> {
-    let mut needed = Needed::default();
-    for room in ["templates", "containers"] {
-        let room = root.dir().join(room);
-        for name in root.store().list(&room)? {
-            let dir = room.join(name);
-            if root.store().kind(&dir)? != Some(EntryKind::Dir) {
-                continue;
-            }
-            let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR))?;
-            for image in &d.images {
-                // A container's id is in the name of its own image, a template's is its GUID.
-                needed
-                    .owners
-                    .insert(Uuid::from_bytes(*image.guid.as_bytes()));
-                let ending = image.file.rsplit_once(".{");
-                let ending = ending.map(|(_, id)| id.trim_end_matches('}'));
-                needed
-                    .owners
-                    .extend(ending.and_then(|id| Uuid::parse_str(id).ok()));
-                let parts = image.file.split('/');
-                needed
-                    .layers
-                    .extend(parts.filter_map(|part| Uuid::parse_str(part).ok()));
-            }
-        }
-    }
-    Ok(needed)
 }
 
 fn layer_ids(root: &Root) -> Result<Vec<Uuid>> {
@@ -178,7 +188,7 @@ fn layer_ids(root: &Root) -> Result<Vec<Uuid>> {
 /// Removes a layer and its references to others. It goes in one step; files and references that a
 /// crash leaves are collected later.
 pub(crate) fn remove_layer(root: &Root, id: Uuid) -> Result<()> {
-    let away = root.dir().join("tmp").join(Uuid::new_v4().to_string());
+    let away = away(root);
     move_dir(root.store(), &layer::path(root, id), &away)?;
     for other in layer_ids(root)? {
         layer::release(root, other, id)?;

@@ -146,9 +146,14 @@ impl Root {
         Ok(StoreLock(Some(file)))
     }
 
+    /// True when locks are taken.
+    pub(crate) fn has_locks(&self) -> bool {
+        self.locks
+    }
+
     /// The lock on a disk of this store, where there are locks. Error: `InUse`.
     pub(crate) fn lock_disk(&self, dir: &Path) -> Result<Option<DiskLock>> {
-        self.locks.then(|| DiskLock::acquire(dir)).transpose()
+        self.locks.then(|| self.opener.lock_disk(dir)).transpose()
     }
 
     /// A fresh directory in `tmp`, removed with all in it when dropped.
@@ -271,7 +276,13 @@ pub(crate) fn remove_tree(store: &dyn Store, path: &Path) -> Result<()> {
 /// that the name is in. After an error other than `Exists` it may be there or here.
 pub(crate) fn move_dir(store: &dyn Store, from: &Path, to: &Path) -> Result<()> {
     store.rename_new(from, to)?;
-    for dir in [to, from].map(Path::parent).into_iter().flatten() {
+    let above = |path: &'_ Path| path.parent().unwrap_or(Path::new("/")).to_path_buf();
+    sync_moves(store, &above(from), &above(to))
+}
+
+/// Makes renames from one directory to another durable.
+pub(crate) fn sync_moves(store: &dyn Store, from: &Path, to: &Path) -> Result<()> {
+    for dir in [to, from] {
         store.sync_dir(dir)?;
     }
     Ok(())

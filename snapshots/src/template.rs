@@ -2,23 +2,26 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use ploop::descriptor::{Descriptor, Guid, Volume};
 use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::disk::open::{DESCRIPTOR, OpenOptions, Source};
 use ploop::error::{Error, Kind, Result};
-use ploop::format::ploop::{PloopDelta, Version};
-use ploop::format::{Delta, raw::RawDelta};
+use ploop::format::raw::RawDelta;
 use ploop::store::{Access, SECTOR};
 use uuid::Uuid;
 
-use crate::layer::{self, IMAGE, NewLayer};
+use crate::hash::Hasher;
+use crate::layer::{self, NewLayer, Sealed, SealedLayer};
 use crate::meta::{Meta, TemplateMeta};
+use crate::place::now;
 use crate::rootfs::{self, BuildOptions, RootSource};
 use crate::store::{Root, Work, move_dir, write_new};
-use crate::{convert, name};
+use crate::{convert, name, share, uses};
+
+pub use crate::flatten::{Flattened, flatten};
+pub use crate::hash::{Verified, verify};
 
 /// Cluster size of new templates in sectors: 64 KiB. Every first write to a cluster of a clone
 /// copies the cluster, so small ones win until that copy is gone.
@@ -71,7 +74,9 @@ pub enum ImportStep {
 
 /// Makes template `name`. Durable on return.
 ///
-/// 1. in a work directory: build the filesystem, copy it into a new layer, close, sync;
+/// 1. in a work directory: build the filesystem, copy it into a new layer, close, sync. What is
+///    copied is hashed on its way, so verifying later compares with the source, not with what the
+///    copy made of it, and nothing is read twice;
 /// 2. move the layer to `layers/UUID`, with the template's reference in it, durable;
 /// 3. in the work directory: the descriptor and metadata, durable;
 /// 4. COMMIT: the directory is renamed to `templates/NAME`, durable.
@@ -92,9 +97,7 @@ pub fn import(
         root.work()?
     };
     let mut meta = TemplateMeta {
-        created: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs()),
+        created: now(),
         source: options.source_text.clone(),
         ..TemplateMeta::default()
     };
@@ -122,28 +125,35 @@ pub fn import(
     let size = size.checked_next_multiple_of(cluster);
     let size = size.ok_or_else(|| Error::invalid("the size is too large"))?;
     let layer = NewLayer::create(root, &work, options.cluster_sectors, size, None)?;
-    convert::copy(&from, &layer.disk, &|done, total| {
-        progress(ImportStep::Copy(done, total))
+    let mut hasher = Hasher::new(size);
+    let report = |done, total| progress(ImportStep::Copy(done, total));
+    convert::pieces(&from, &report, &mut |offset, bytes| {
+        hasher.add(offset, bytes);
+        layer.disk.write(offset, bytes)
     })?;
+    meta.content = Some(hasher.text());
     drop(from);
     // 2. From here on nobody may collect: the layer has a reference that no disk has yet.
     let _shared = root.lock(false)?;
     let owner = Uuid::new_v4();
     let id = layer.seal(root, owner)?;
-    let made = publish(
-        root,
-        &work,
-        name,
-        id,
-        owner,
+    let image = layer::path(root, id).join(layer::IMAGE);
+    let sealed = Sealed {
+        shown: format!("template {name}"),
+        source: self::source(root, name),
         size,
-        options.cluster_sectors,
-        meta,
-    );
-    if let Err(e) = made {
-        let free = root.store().kind(&root.template(name));
-        if e.kind() != Kind::Exists && !free.is_ok_and(|kind| kind.is_none()) {
-            // It was renamed, and may stay so: its layer must.
+        cluster_sectors: options.cluster_sectors,
+        version: layer::VERSION,
+        encryption: None,
+        layers: vec![SealedLayer {
+            id,
+            guid: Guid::from_bytes(owner.into_bytes()),
+            image: image.clone(),
+        }],
+    };
+    // 3. and 4.
+    if let Err(e) = publish(root, &work, name, owner, &sealed, meta) {
+        if !is_free(root, name, &e) {
             return Err(e);
         }
         if let Err(left) = crate::remove::remove_layer(root, id) {
@@ -152,7 +162,7 @@ pub fn import(
         refuse_taken(root, name)?;
         return Err(e);
     }
-    let data = layer_data(root, id)?;
+    let data = data_of(root, &image)?;
     Ok(Imported {
         dir: root.template(name),
         size,
@@ -188,92 +198,153 @@ fn open_disk(root: &Root, source: &Source, options: &ImportOptions) -> Result<Di
     Ok(disk)
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one caller, and each is one fact"
-)]
+/// The last steps of making a template: `sealed` is referred to by `owner` and durable.
 fn publish(
     root: &Root,
     work: &Work<'_>,
     name: &str,
-    id: Uuid,
     owner: Uuid,
-    size: u64,
-    cluster_sectors: u32,
-    meta: TemplateMeta,
+    sealed: &Sealed,
+    template: TemplateMeta,
 ) -> Result<()> {
     let store = root.store();
-    // 3.
     let dir = work.path().join("disk");
     store.create_dir(&dir)?;
-    let file = format!("../../layers/{id}/{IMAGE}");
-    let guid = Guid::from_bytes(owner.into_bytes());
-    let mut d = Descriptor::new_single(size / SECTOR, cluster_sectors, false, guid, file)?;
+    write_new(store, &dir.join(DESCRIPTOR), &describe(sealed)?.to_xml())?;
+    let meta = Meta {
+        id: Some(owner.to_string()),
+        template: Some(template),
+        ..Meta::default()
+    };
+    // Last: it makes all names in the directory durable, the descriptor's too.
+    meta.write(store, &dir)?;
+    // COMMIT
+    move_dir(store, &dir, &root.template(name))
+}
+
+/// The descriptor of a template on `sealed`.
+pub(crate) fn describe(sealed: &Sealed) -> Result<Descriptor> {
+    let mut d = sealed.describe(sealed.size, None)?;
     d.volume = Some(Volume {
         read_only: true,
         ..Volume::default()
     });
     d.check()?;
-    write_new(store, &dir.join(DESCRIPTOR), &d.to_xml())?;
-    Meta {
-        template: Some(meta),
+    Ok(d)
+}
+
+/// True unless a template of that name may be there: then its references and layers must stay.
+fn is_free(root: &Root, name: &str, e: &Error) -> bool {
+    let there = root.store().kind(&root.template(name));
+    e.kind() == Kind::Exists || there.is_ok_and(|kind| kind.is_none())
+}
+
+/// Makes template `name` from a snapshot of a container, at once: it stands on the snapshot's
+/// layers, and nothing is copied or read. Durable on return.
+///
+/// 1. the snapshot's images become layers of the store ([`share::share`]);
+/// 2. references to them; in a work directory the descriptor and metadata, durable;
+/// 3. COMMIT: the directory is renamed to `templates/NAME`, durable.
+///
+/// Cut before 3: no template, and references that are collected later. Errors: `Exists`, `NotFound`,
+/// and those of [`share::share`]; `InUse` while another process serves the container and the
+/// snapshot is not shared yet.
+pub fn from_snapshot(root: &Root, name: &str, container: &str, snapshot: &str) -> Result<Imported> {
+    name::check(name)?;
+    refuse_taken(root, name)?;
+    // 1.
+    let lock = root.lock(false)?;
+    let sealed = share::snapshot(root, container, snapshot, &lock)?;
+    let origin = uses::of(root, &root.container(container), false)?;
+    let below = template_below(root, &sealed)?;
+    let meta = TemplateMeta {
+        created: now(),
+        source: sealed.shown.clone(),
+        origin: origin.ids.iter().next().map(Uuid::to_string),
+        filesystem: below.filesystem,
+        partition_offset: below.partition_offset,
+        ..TemplateMeta::default()
+    };
+    // 2.
+    let owner = Uuid::new_v4();
+    let refer = || -> Result<()> {
+        for l in &sealed.layers {
+            layer::refer(root, l.id, owner)?;
+        }
+        for l in &sealed.layers {
+            layer::sync_references(root, l.id)?;
+        }
+        Ok(())
+    };
+    // 3.
+    let work = root.work()?;
+    let made = refer().and_then(|()| publish(root, &work, name, owner, &sealed, meta));
+    if let Err(e) = made {
+        if is_free(root, name, &e) {
+            for l in &sealed.layers {
+                if let Err(left) = layer::release(root, l.id, owner) {
+                    tracing::warn!(error = %left, "a reference to a layer stays until collected");
+                }
+            }
+            refuse_taken(root, name)?;
+        }
+        return Err(e);
     }
-    .write_new(store, &dir)?;
-    store.sync_dir(&dir)?;
-    // 4. COMMIT
-    move_dir(store, &dir, &root.template(name))
+    let data = sealed.layers.iter().map(|l| data_of(root, &l.image));
+    Ok(Imported {
+        dir: root.template(name),
+        size: sealed.size,
+        data: data.sum::<Result<u64>>()?,
+        entries: 0,
+    })
 }
 
-/// One layer of a template's chain.
-#[derive(Clone, Debug)]
-pub(crate) struct TemplateLayer {
-    pub(crate) id: Uuid,
-    pub(crate) guid: Guid,
-    pub(crate) image: PathBuf,
+/// What is known of the uppermost template that a chain stands on.
+fn template_below(root: &Root, sealed: &Sealed) -> Result<TemplateMeta> {
+    let mut found = TemplateMeta::default();
+    let mut height = 0;
+    for t in uses::scan(root)?.into_iter().filter(|t| t.is_template) {
+        let (name, uses) = (t.name(), t.uses);
+        // A damaged template has nothing to tell.
+        let (Ok(uses), Ok(template)) = (uses, open(root, &name)) else {
+            continue;
+        };
+        let top = template.top()?.id;
+        let at = sealed.layers.iter().position(|l| l.id == top);
+        if let (Some(at), Some(meta)) = (at, uses.meta.template)
+            && at >= height
+        {
+            (found, height) = (meta, at);
+        }
+    }
+    Ok(found)
 }
 
-/// A template as a clone sees it.
-#[derive(Clone, Debug)]
-pub(crate) struct TemplateDisk {
-    pub(crate) name: String,
-    pub(crate) size: u64,
-    pub(crate) cluster_sectors: u32,
-    pub(crate) version: Version,
-    /// Base first.
-    pub(crate) layers: Vec<TemplateLayer>,
+/// A template's directory. Error: `NotFound`.
+pub(crate) fn checked(root: &Root, name: &str) -> Result<PathBuf> {
+    name::check(name)?;
+    let dir = root.template(name);
+    if root.store().kind(&dir)?.is_some() {
+        return Ok(dir);
+    }
+    let what = format!("there is no template {name}");
+    Err(Error::new(Kind::NotFound, what)
+        .on(dir)
+        .fix("`ploop template list` shows what there is"))
 }
 
 /// Reads a template: its descriptor and the headers of its layers. Error: `NotFound`.
-pub(crate) fn open(root: &Root, name: &str) -> Result<TemplateDisk> {
-    name::check(name)?;
-    let dir = root.template(name);
-    if root.store().kind(&dir)?.is_none() {
-        let what = format!("there is no template {name}");
-        return Err(Error::new(Kind::NotFound, what)
-            .on(dir)
-            .fix("`ploop template list` shows what there is"));
-    }
+pub(crate) fn open(root: &Root, name: &str) -> Result<Sealed> {
+    let dir = checked(root, name)?;
     let d = root.opener().read_descriptor(&dir.join(DESCRIPTOR))?;
-    let mut disk = TemplateDisk {
-        name: name.to_owned(),
-        size: 0,
-        cluster_sectors: d.cluster_sectors,
-        version: crate::clone::LAYER_VERSION,
-        layers: Vec::new(),
-    };
-    for image in d.chain(d.top)? {
-        let path = root.store().resolve(&dir.join(&image.file))?;
-        let id = layer::id_of(root, &path)?;
-        let delta = PloopDelta::open(root.store().open(&path, Access::Read)?)?;
-        disk.size = delta.size();
-        disk.version = delta.header().version;
-        disk.layers.push(TemplateLayer {
-            id,
-            guid: image.guid,
-            image: path,
-        });
-    }
-    Ok(disk)
+    let shown = format!("template {name}");
+    Sealed::read(root, &dir, &d, d.top, shown, source(root, name))
+}
+
+/// The id of a template from before there were ids in the metadata: its base's GUID.
+pub(crate) fn old_id(d: &Descriptor) -> Uuid {
+    let base = d.images.first().map_or(Guid::NONE, |i| i.guid);
+    Uuid::from_bytes(*base.as_bytes())
 }
 
 /// The source that opens a template read-only.
@@ -283,10 +354,6 @@ pub fn source(root: &Root, name: &str) -> Source {
         descriptor: true,
         snapshot: None,
     }
-}
-
-fn layer_data(root: &Root, id: Uuid) -> Result<u64> {
-    data_of(root, &layer::path(root, id).join(IMAGE))
 }
 
 /// Bytes of an image file that hold data (holes left out).

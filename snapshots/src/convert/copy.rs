@@ -23,7 +23,7 @@ const READ: u64 = 1 << 20;
 const WINDOW_CLUSTERS: u64 = 4096;
 
 /// Takes one piece: its guest offset, and its bytes.
-pub(super) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
 
 /// Copies everything but zeros from `from` to `to`, which must read as zeros and be as large at
 /// least. Returns the bytes written. Not durable before `to` is flushed. Error: `Invalid` for a
@@ -46,7 +46,7 @@ pub fn copy(from: &dyn Device, to: &dyn Device, progress: Progress<'_>) -> Resul
 
 /// Hands every run of blocks that are not all zeros to `sink`, in ascending order. A piece begins
 /// on a multiple of 4 KiB, is 64 KiB long at most and crosses no multiple of that.
-pub(super) fn pieces(from: &dyn Device, progress: Progress<'_>, sink: Sink<'_>) -> Result<()> {
+pub(crate) fn pieces(from: &dyn Device, progress: Progress<'_>, sink: Sink<'_>) -> Result<()> {
     let size = from.size();
     // A multiple of `BLOCK`, so no block lies in two windows.
     let window = from.cluster_bytes().next_multiple_of(SECTOR).max(SECTOR) * WINDOW_CLUSTERS;

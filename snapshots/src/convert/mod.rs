@@ -40,6 +40,7 @@ use ploop::store::{Access, SECTOR};
 use ploop::{Error, Kind as ErrorKind, Result};
 
 pub use copy::copy;
+pub(crate) use copy::pieces;
 pub use raw::copy_to_file;
 use staged::Staged;
 
