@@ -10,9 +10,11 @@
 //! * [`export`]: names to devices, and the stages stacked on the one device interface.
 //! * [`serve`]: the engine that executes requests, and the only place that knows the operating
 //!   system: sockets, threads, signals.
+//! * [`control`]: the HTTP/JSON API on a unix socket, and its client.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod control;
 pub mod export;
 pub mod serve;
 pub mod session;
@@ -22,4 +24,4 @@ pub mod wire;
 mod testing;
 
 pub use export::{ExportInfo, Exports, OpenExport};
-pub use serve::{Config, Server};
+pub use serve::{Config, Connections, Server};

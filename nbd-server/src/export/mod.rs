@@ -5,8 +5,8 @@
 //! each other.
 
 pub mod counters;
+pub mod disks;
 pub mod single;
-pub mod store;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -15,8 +15,8 @@ use ploop::device::Device;
 use ploop::error::Result;
 
 pub use counters::{Counted, Counters};
+pub use disks::{Disks, OpenDisk};
 pub use single::Single;
-pub use store::StoreExports;
 
 /// What a client that asks for a list is told.
 #[derive(Clone, Debug, PartialEq, Eq)]

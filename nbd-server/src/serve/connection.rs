@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt;
 
 use super::engine::{Engine, Sink, Turn};
+use super::hall::Cut;
 use super::input::Input;
+use super::traffic::Totals;
 use crate::export::{Counted, Counters};
 use crate::session::Negotiated;
 
@@ -85,12 +87,22 @@ impl Socket {
     }
 }
 
-impl Sink for &Socket {
+/// A socket until the word that it is to end.
+struct Answers<'a> {
+    socket: &'a Socket,
+    cut: &'a Cut,
+}
+
+impl Sink for Answers<'_> {
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
+        match self.socket {
             Socket::Unix(s) => (&mut &*s).write_all(bytes),
             Socket::Tcp(s) => (&mut &*s).write_all(bytes),
         }
+    }
+
+    fn ended(&self) -> bool {
+        self.cut.is_set()
     }
 }
 
@@ -104,6 +116,8 @@ enum End {
     Violated(&'static str),
     /// The server is going down.
     Stopped,
+    /// It was cut from here.
+    Cut,
     /// The socket failed.
     Failed(io::Error),
 }
@@ -116,88 +130,93 @@ impl fmt::Display for End {
             End::Closed(n) => write!(f, "the client closed the socket {n} bytes into a request"),
             End::Violated(how) => write!(f, "the client broke the protocol: {how}"),
             End::Stopped => f.write_str("the server is stopping"),
+            End::Cut => f.write_str("it was ended on request"),
             End::Failed(e) => write!(f, "the socket failed: {e}"),
         }
     }
 }
 
-/// Serves a connection until its end, and logs that end.
-pub(super) fn run(
-    socket: &Socket,
-    mut negotiated: Negotiated,
-    rest: Vec<u8>,
-    peer: &str,
-    stopping: &AtomicBool,
-) {
-    let counters = Arc::new(Counters::default());
-    let device = Counted::new(negotiated.export.device.clone(), counters.clone());
-    negotiated.export.device = Arc::new(device);
-    let start = Instant::now();
-    let mut engine = Engine::of(&negotiated);
-    let end = serve(socket, &mut engine, rest, stopping).unwrap_or_else(End::Failed);
-    if matches!(end, End::Stopped) {
-        linger(socket);
-    }
-    let export = negotiated.export.name.as_str();
-    let seconds = start.elapsed().as_secs_f64();
-    let c = &counters;
-    let n = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    let clean = matches!(end, End::Disconnected | End::Closed(0) | End::Stopped);
-    if !clean {
-        tracing::warn!(export, peer, why = %end, "connection broke");
-    }
-    tracing::info!(
-        export,
-        peer,
-        why = %end,
-        seconds,
-        reads = n(&c.reads),
-        read_bytes = n(&c.read_bytes),
-        writes = n(&c.writes),
-        write_bytes = n(&c.write_bytes),
-        flushes = n(&c.flushes),
-        errors = n(&c.errors),
-        "connection closed"
-    );
+/// A connection in transmission, without what it transmits.
+pub(super) struct Session<'a> {
+    pub(super) socket: &'a Socket,
+    pub(super) peer: &'a str,
+    pub(super) counters: Arc<Counters>,
+    /// The server is going down.
+    pub(super) stopping: &'a AtomicBool,
+    /// This connection is to end now.
+    pub(super) cut: &'a Cut,
 }
 
-fn serve(
-    socket: &Socket,
-    engine: &mut Engine,
-    rest: Vec<u8>,
-    stopping: &AtomicBool,
-) -> io::Result<End> {
-    let mut input = Input::holding(rest);
-    let mut patient = true;
-    loop {
-        let (used, turn) = engine.run(input.filled(), &mut { socket })?;
-        input.used(used);
-        let need = match turn {
-            Turn::NeedMore(need) => need,
-            Turn::Disconnected => return Ok(End::Disconnected),
-            Turn::Violated(why) => return Ok(End::Violated(why)),
+impl Session<'_> {
+    /// Serves until the end, and logs that end.
+    pub(super) fn run(&self, mut negotiated: Negotiated, rest: Vec<u8>) {
+        let device = Counted::new(negotiated.export.device.clone(), self.counters.clone());
+        negotiated.export.device = Arc::new(device);
+        let start = Instant::now();
+        let mut engine = Engine::of(&negotiated);
+        let end = self.serve(&mut engine, rest);
+        let end = match end.unwrap_or_else(End::Failed) {
+            _ if self.cut.is_set() => End::Cut,
+            end => end,
         };
-        // Everything received in full has been executed and answered; the rest was not begun.
-        if stopping.load(Ordering::Acquire) {
-            return Ok(End::Stopped);
+        if matches!(end, End::Stopped) {
+            linger(self.socket);
         }
-        if patient && (input.is_large() || engine.is_large()) {
-            socket.set_patience(Some(IDLE))?;
-            patient = false;
+        let (export, peer) = (negotiated.export.name.as_str(), self.peer);
+        let done = Totals::of(&self.counters);
+        if matches!(end, End::Closed(1..) | End::Violated(_) | End::Failed(_)) {
+            tracing::warn!(export, peer, why = %end, "connection broke");
         }
-        match socket.receive(input.room(need)) {
-            Ok(0) if stopping.load(Ordering::Acquire) => return Ok(End::Stopped),
-            Ok(0) => return Ok(End::Closed(input.filled().len())),
-            Ok(n) => input.received(n),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                input.shrink();
-                engine.shrink();
-                if !input.is_large() && input.filled().is_empty() {
-                    socket.set_patience(None)?;
-                    patient = true;
-                }
+        tracing::info!(
+            export,
+            peer,
+            why = %end,
+            seconds = start.elapsed().as_secs_f64(),
+            reads = done.reads,
+            read_bytes = done.read_bytes,
+            writes = done.writes,
+            write_bytes = done.write_bytes,
+            flushes = done.flushes,
+            errors = done.errors,
+            "connection closed"
+        );
+    }
+
+    fn serve(&self, engine: &mut Engine, rest: Vec<u8>) -> io::Result<End> {
+        let (socket, cut) = (self.socket, self.cut);
+        let stopping = || self.stopping.load(Ordering::Acquire);
+        let mut input = Input::holding(rest);
+        let mut patient = true;
+        loop {
+            let (used, turn) = engine.run(input.filled(), &mut Answers { socket, cut })?;
+            input.used(used);
+            let need = match turn {
+                Turn::NeedMore(need) => need,
+                Turn::Disconnected => return Ok(End::Disconnected),
+                Turn::Violated(why) => return Ok(End::Violated(why)),
+            };
+            // Everything received in full has been executed and answered; the rest was not begun.
+            if stopping() {
+                return Ok(End::Stopped);
             }
-            Err(e) => return Err(e),
+            if patient && (input.is_large() || engine.is_large()) {
+                socket.set_patience(Some(IDLE))?;
+                patient = false;
+            }
+            match socket.receive(input.room(need)) {
+                Ok(0) if stopping() => return Ok(End::Stopped),
+                Ok(0) => return Ok(End::Closed(input.filled().len())),
+                Ok(n) => input.received(n),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    input.shrink();
+                    engine.shrink();
+                    if !input.is_large() && input.filled().is_empty() {
+                        socket.set_patience(None)?;
+                        patient = true;
+                    }
+                }
+                Err(e) => return Err(e),
+            }
         }
     }
 }
@@ -214,5 +233,57 @@ fn linger(socket: &Socket) {
             Ok(n) if n > 0 => thrown += n,
             _ => break,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::transmission::Rules;
+    use crate::testing::FileDevice;
+    use crate::wire::reply::Style;
+    use crate::wire::request::{Request, kind};
+
+    /// Takes some answers, and is ended then.
+    struct Until(usize);
+
+    impl Sink for Until {
+        fn send(&mut self, _: &[u8]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn ended(&self) -> bool {
+            self.0 == 0
+        }
+    }
+
+    #[test]
+    fn nothing_of_a_batch_is_executed_after_the_word_to_end() {
+        let device = FileDevice::temporary(1 << 20);
+        let counters = Arc::new(Counters::default());
+        let counted = Arc::new(Counted::new(device, counters.clone()));
+        let rules = Rules {
+            style: Style::Simple,
+            size: 1 << 20,
+            read_only: false,
+            contexts: Vec::new(),
+        };
+        let mut engine = Engine::new(counted, rules);
+        let mut input = Vec::new();
+        for cookie in 0..100 {
+            let request = Request {
+                flags: 0,
+                kind: kind::FLUSH,
+                cookie,
+                offset: 0,
+                length: 0,
+            };
+            request.emit(Style::Simple, &mut input);
+        }
+        let ended = engine.run(&input, &mut Until(0)).unwrap_err();
+        assert_eq!(ended.kind(), io::ErrorKind::ConnectionAborted);
+        assert_eq!(counters.flushes.load(Ordering::Relaxed), 0);
+        engine.run(&input, &mut Until(1)).unwrap();
+        assert_eq!(counters.flushes.load(Ordering::Relaxed), 100);
     }
 }

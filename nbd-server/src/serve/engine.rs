@@ -44,6 +44,11 @@ const CACHE_PIECE: u64 = 128 << 10;
 pub trait Sink {
     /// Sends all of `bytes`, in order.
     fn send(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// True when nothing more is to be executed: nobody takes the answers.
+    fn ended(&self) -> bool {
+        false
+    }
 }
 
 impl Sink for Vec<u8> {
@@ -105,6 +110,9 @@ impl Engine {
     pub fn run(&mut self, input: &[u8], sink: &mut dyn Sink) -> io::Result<(usize, Turn)> {
         let mut used = 0;
         let turn = loop {
+            if sink.ended() {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
             let rest = &input[used..];
             if let Some((refusal, left)) = self.discarding.take() {
                 let now = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));

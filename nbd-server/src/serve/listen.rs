@@ -30,7 +30,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A listening socket. Dropping it takes its file away first.
 #[derive(Debug)]
-pub(super) enum Listener {
+pub(crate) enum Listener {
     /// A unix socket; the file is `None` when somebody else made it.
     Unix(Option<SocketFile>, UnixListener),
     /// A TCP address.
@@ -39,7 +39,7 @@ pub(super) enum Listener {
 
 /// A socket file of ours.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     id: (u64, u64),
 }
@@ -55,7 +55,7 @@ impl Drop for SocketFile {
 }
 
 /// Listens on a unix socket of mode 0600 at `path`. Blocks for at most two seconds.
-pub(super) fn unix(path: &Path) -> Result<Listener> {
+pub(crate) fn unix(path: &Path) -> Result<Listener> {
     let io = |what: &str, e: Errno| Error::io(what, path, e.into());
     let len = path.as_os_str().len();
     if len == 0 || len > MAX_PATH {

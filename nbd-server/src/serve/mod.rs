@@ -14,10 +14,14 @@ mod activation;
 mod connection;
 pub mod engine;
 mod greet;
+mod hall;
 mod input;
-mod listen;
+pub(crate) mod listen;
 mod read;
 pub mod server;
+pub mod traffic;
 
 pub use engine::{Engine, Sink, Turn};
+pub use hall::{Connected, Connections};
 pub use server::{Config, Server};
+pub use traffic::Totals;

@@ -6,26 +6,24 @@
 //! [`Server::run_until`] returns, every thread is joined and every device let go: the caller may
 //! close them.
 
-use std::collections::HashMap;
 use std::future::Future;
-use std::net::{Shutdown, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ploop::error::{Error, Kind, Result};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::connection::{self, Socket};
-use super::greet::{Greeted, Outcome, greet};
+use super::connection::Socket;
+use super::greet::{Outcome, greet};
+use super::hall::{Connections, Hall};
 use super::listen::{Listener, SocketFile};
 use super::{activation, listen};
 use crate::export::Exports;
-use crate::session::Negotiated;
 
 /// Limits of a [`Server`].
 #[derive(Clone, Copy, Debug)]
@@ -48,28 +46,31 @@ impl Default for Config {
     }
 }
 
-/// Stack of a connection's thread. The engine's buffers are on the heap.
-const STACK: usize = 512 << 10;
-
 /// Pause after an accept that failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// An NBD server. Made with [`Server::new`], given places to listen, then run.
 #[derive(Debug)]
 pub struct Server {
-    exports: Arc<dyn Exports>,
-    config: Config,
+    hall: Arc<Hall>,
+    ends: mpsc::UnboundedReceiver<()>,
     listeners: Vec<Listener>,
 }
 
 impl Server {
     /// A server of `exports` that listens nowhere yet.
     pub fn new(exports: Arc<dyn Exports>, config: Config) -> Server {
+        let (hall, ends) = Hall::new(exports, config);
         Server {
-            exports,
-            config,
+            hall,
+            ends,
             listeners: Vec::new(),
         }
+    }
+
+    /// Its connections, present and to come.
+    pub fn connections(&self) -> Connections {
+        Connections::new(self.hall.clone())
     }
 
     /// Listens on a unix socket at `path`, mode 0600, removed at the end. A socket file that nobody
@@ -109,6 +110,16 @@ impl Server {
     /// The same; calls `ready` as soon as a signal ends it in order and not before, so that who is
     /// told then may send one. Its error ends the server.
     pub fn run_ready(self, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.run_until_signal(ready, || ())
+    }
+
+    /// The same; calls `stopping` after the signal, on a thread where it may block. The clients are
+    /// served until it returns.
+    pub fn run_until_signal(
+        self,
+        ready: impl FnOnce() -> Result<()>,
+        stopping: impl FnOnce() + Send + 'static,
+    ) -> Result<()> {
         use tokio::signal::unix::{SignalKind, signal};
         let failed = |e| Error::new(Kind::Io, "start the runtime").caused_by(e);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -123,6 +134,9 @@ impl Server {
                     _ = interrupt.recv() => tracing::info!("stopping on SIGINT"),
                     _ = terminate.recv() => tracing::info!("stopping on SIGTERM"),
                 }
+                if tokio::task::spawn_blocking(stopping).await.is_err() {
+                    tracing::error!("a step of stopping panicked; please report it");
+                }
             })
             .await
         })
@@ -133,20 +147,7 @@ impl Server {
         if self.listeners.is_empty() {
             return Err(Error::invalid("the server has nowhere to listen"));
         }
-        let (ended, mut ends) = mpsc::unbounded_channel();
-        let max = self
-            .config
-            .max_connections
-            .clamp(1, Semaphore::MAX_PERMITS as u32);
-        let hall = Arc::new(Hall {
-            exports: self.exports,
-            config: self.config,
-            slots: Arc::new(Semaphore::new(max as usize)),
-            stopping: AtomicBool::new(false),
-            live: Mutex::default(),
-            next: AtomicU64::new(0),
-            ended,
-        });
+        let (hall, mut ends) = (self.hall, self.ends);
         let (stopper, stopped) = watch::channel(false);
         let mut doors = JoinSet::new();
         for listener in self.listeners {
@@ -157,117 +158,30 @@ impl Server {
         loop {
             tokio::select! {
                 () = &mut stop => break,
-                Some(id) = ends.recv() => hall.join(id),
+                Some(()) = ends.recv() => hall.join(),
             }
         }
         hall.stopping.store(true, Ordering::Release);
         stopper.send_replace(true);
         while doors.join_next().await.is_some() {}
-        hall.shutdown(Shutdown::Read);
+        hall.close_inputs();
         let grace = tokio::time::sleep(hall.config.stop_grace);
         tokio::pin!(grace);
         let mut patient = true;
-        let all = hall.slots.clone().acquire_many_owned(max);
+        let all = hall.slots.clone().acquire_many_owned(hall.max);
         tokio::pin!(all);
         loop {
             tokio::select! {
                 _ = &mut all => break,
-                Some(id) = ends.recv() => hall.join(id),
+                Some(()) = ends.recv() => hall.join(),
                 () = &mut grace, if patient => {
                     patient = false;
-                    hall.shutdown(Shutdown::Both);
+                    hall.cut_all();
                 }
             }
         }
-        hall.join_all();
+        hall.join();
         Ok(())
-    }
-}
-
-/// What all connections share.
-#[derive(Debug)]
-struct Hall {
-    exports: Arc<dyn Exports>,
-    config: Config,
-    slots: Arc<Semaphore>,
-    stopping: AtomicBool,
-    live: Mutex<HashMap<u64, Live>>,
-    next: AtomicU64,
-    ended: mpsc::UnboundedSender<u64>,
-}
-
-/// A connection with its thread.
-#[derive(Debug)]
-struct Live {
-    socket: Arc<Socket>,
-    thread: JoinHandle<()>,
-}
-
-/// Reports the end of a connection's thread, also when it ends in a panic.
-struct Ended(u64, mpsc::UnboundedSender<u64>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Nobody listens any more when the server has already joined all threads.
-        self.1.send(self.0).ok();
-    }
-}
-
-impl Hall {
-    fn live(&self) -> MutexGuard<'_, HashMap<u64, Live>> {
-        // The map is whole whatever panicked: every change of it is one insertion or removal.
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Gives a negotiated connection its thread.
-    fn start(
-        self: &Arc<Self>,
-        socket: Socket,
-        negotiated: Negotiated,
-        greeted: Greeted,
-        peer: String,
-    ) {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let socket = Arc::new(socket);
-        let (hall, shared) = (self.clone(), socket.clone());
-        // The lock is held until the thread is entered: whoever stops the server sees all of them.
-        let mut live = self.live();
-        if self.stopping.load(Ordering::Acquire) {
-            return;
-        }
-        let thread = std::thread::Builder::new()
-            .name(format!("nbd-{id}"))
-            .stack_size(STACK);
-        let spawned = thread.spawn(move || {
-            let _ended = Ended(id, hall.ended.clone());
-            let Greeted { input, slot, .. } = greeted;
-            connection::run(&shared, negotiated, input, &peer, &hall.stopping);
-            drop(shared);
-            drop(slot);
-        });
-        match spawned {
-            Ok(thread) => drop(live.insert(id, Live { socket, thread })),
-            Err(e) => tracing::error!(error = %e, "no thread for a connection; it is closed"),
-        }
-    }
-
-    /// Waits for a thread that has reported its end.
-    fn join(&self, id: u64) {
-        let gone = self.live().remove(&id);
-        if gone.is_some_and(|live| live.thread.join().is_err()) {
-            tracing::error!("a connection ended in a panic; please report it");
-        }
-    }
-
-    fn join_all(&self) {
-        let ids: Vec<_> = self.live().keys().copied().collect();
-        ids.into_iter().for_each(|id| self.join(id));
-    }
-
-    fn shutdown(&self, how: Shutdown) {
-        for live in self.live().values() {
-            live.socket.shutdown(how);
-        }
     }
 }
 
@@ -371,12 +285,13 @@ async fn welcome(
     stop: watch::Receiver<bool>,
 ) {
     let (exports, deadline) = (hall.exports.clone(), hall.config.handshake_timeout);
+    let seat = hall.seat(slot, &peer);
     let outcome = match &mut stream {
-        Stream::Unix(s) => greet(s, slot, exports, deadline, stop).await,
-        Stream::Tcp(s) => greet(s, slot, exports, deadline, stop).await,
+        Stream::Unix(s) => greet(s, seat, exports, deadline, stop).await,
+        Stream::Tcp(s) => greet(s, seat, exports, deadline, stop).await,
     };
-    let (negotiated, greeted) = match outcome {
-        Outcome::Negotiated(negotiated, greeted) => (*negotiated, *greeted),
+    let guest = match outcome {
+        Outcome::Negotiated(guest) => guest,
         Outcome::Closed(why) => {
             return tracing::info!(peer, why, "handshake ended without an export");
         }
@@ -387,9 +302,10 @@ async fn welcome(
     };
     match socket.and_then(|socket| socket.prepare().map(|()| socket)) {
         Ok(socket) => {
+            let negotiated = &guest.get().0;
             let export = negotiated.export.name.as_str();
             tracing::info!(export, peer, style = ?negotiated.style, "connected");
-            hall.start(socket, negotiated, greeted, peer);
+            hall.start(socket, *guest);
         }
         Err(e) => tracing::warn!(peer, error = %e, "the socket failed after the handshake"),
     }

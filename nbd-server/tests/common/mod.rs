@@ -62,6 +62,11 @@ impl Running {
         format!("nbd+unix:///{export}?socket={}", self.socket.display())
     }
 
+    /// The thread that the server's runtime runs on.
+    pub(crate) fn thread_id(&self) -> std::thread::ThreadId {
+        self.thread.as_ref().unwrap().thread().id()
+    }
+
     /// Stops the server and waits for its end.
     pub(crate) fn stop(mut self) {
         self.end();

@@ -1,0 +1,192 @@
+//! `ploopd`: serves every container, snapshot and template of a store over NBD, and the control
+//! API beside it.
+//!
+//! Stopping, on SIGINT or SIGTERM: jobs are paused or cancelled, the control API ends, NBD clients
+//! get their last answers, the disks are closed. Killed, it loses nothing that was flushed.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::{Parser, ValueEnum};
+use nbd_server::control::model::Info;
+use nbd_server::control::service::Limits;
+use nbd_server::control::{Control, Jobs, Meter, Parts, Service, go_on_with_merges, operations};
+use nbd_server::export::Disks;
+use nbd_server::{Config, Server};
+use ploop::disk::open::Opener;
+use ploop::{Error, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use snapshots::Root;
+use tracing_subscriber::EnvFilter;
+
+/// One service for a store: NBD for its containers, snapshots and templates, and the control API.
+#[derive(Debug, Parser)]
+#[command(name = "ploopd", version)]
+struct Args {
+    /// The store's directory; made if it is not there.
+    #[arg(long, env = "PLOOP_ROOT", default_value = snapshots::DEFAULT_ROOT)]
+    root: PathBuf,
+    /// The unix socket for NBD [default: ROOT/nbd.sock].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Listen for NBD on TCP, too.
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<String>,
+    /// Let other machines connect: there is no encryption, and nobody is asked for a password.
+    #[arg(long)]
+    insecure_listen: bool,
+    /// Take the sockets for NBD that systemd passes; then there is no default one.
+    #[arg(long)]
+    activation: bool,
+    /// The control API's unix socket [default: ROOT/control.sock].
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Serve containers read-only too.
+    #[arg(long)]
+    read_only: bool,
+    /// NBD connections at once.
+    #[arg(long, value_name = "N", default_value_t = Config::default().max_connections,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: u32,
+    /// How the log, on standard error, is written. `RUST_LOG` says how much.
+    #[arg(long, value_enum, default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr);
+    match args.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            drop(writeln!(io::stderr(), "ploopd: {e}"));
+            ExitCode::from(e.kind().exit_code())
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let open_files_limit = raise_file_limit(args.max_connections);
+    // Made first, so that its sockets can be in it; then opened with its resolved name.
+    let root = Root::open(&args.root, !args.read_only)?;
+    let dir = root.dir().to_owned();
+    let control_path = match &args.control {
+        Some(path) => std::path::absolute(path).map_err(|e| Error::io("resolve", path, e))?,
+        None => dir.join("control.sock"),
+    };
+    // The locks of disks that this process opens say where it answers.
+    let opener = Opener::host().with_control(control_path.clone());
+    let root = Root::on(opener, &dir, false, true)?;
+    snapshots::list::names(&root)?;
+    let disks = Arc::new(Disks::new(root, args.read_only));
+    let config = Config {
+        max_connections: args.max_connections,
+        ..Config::default()
+    };
+    let mut server = Server::new(disks.clone(), config);
+    let meter = Arc::new(Meter::default());
+    let connections = server.connections();
+    let jobs = Jobs::default();
+    let operations = operations(Parts {
+        disks: disks.clone(),
+        connections: connections.clone(),
+        meter: meter.clone(),
+    });
+    let service = Service {
+        info: info(args, &dir, open_files_limit),
+        connections,
+        jobs: jobs.clone(),
+        meter,
+        operations: operations.clone(),
+        limits: Limits::default(),
+    };
+    // The control socket is the store's: who has it serves the store. So it is first.
+    let control = Control::start(&control_path, service)?;
+    let mut places = listen(&mut server, args, &dir)?;
+    go_on_with_merges(&disks, jobs, &operations);
+    places.push(format!("control API at {}", control_path.display()));
+    server.run_until_signal(|| announce(&places), move || control.stop())
+}
+
+/// Opens the places for NBD clients; says which.
+fn listen(server: &mut Server, args: &Args, dir: &Path) -> Result<Vec<String>> {
+    let mut places = Vec::new();
+    let default = (!args.activation).then(|| dir.join("nbd.sock"));
+    if let Some(path) = args.socket.clone().or(default) {
+        server.listen_unix(&path)?;
+        places.push(format!("listening on {}", path.display()));
+    }
+    if let Some(address) = &args.listen {
+        let bound = server.listen_tcp(address, args.insecure_listen)?;
+        places.extend(bound.iter().map(|a| format!("listening on {a}")));
+    }
+    if args.activation && server.listen_activated(args.insecure_listen)? == 0 {
+        let what = "--activation: systemd passed no sockets (LISTEN_FDS)";
+        return Err(Error::invalid(what));
+    }
+    Ok(places)
+}
+
+/// Prints where the service is, once it is there and a signal ends it in order.
+fn announce(places: &[String]) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let printed = places.iter().try_for_each(|p| writeln!(out, "{p}"));
+    printed
+        .and_then(|()| out.flush())
+        .map_err(|e| Error::io("write", "standard output", e))
+}
+
+fn info(args: &Args, dir: &Path, open_files_limit: u64) -> Info {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    Info {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        program: "ploopd".into(),
+        root: Some(dir.display().to_string()),
+        started: now.map_or(0, |d| d.as_secs()),
+        read_only: args.read_only,
+        max_connections: args.max_connections,
+        open_files_limit,
+    }
+}
+
+/// Raises the limit of open files as far as the operating system lets this process, and says what
+/// that allows: an idle export has one descriptor, an open one has one for each of its own images.
+fn raise_file_limit(max_connections: u32) -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(e) = setrlimit(Resource::Nofile, wanted) {
+        tracing::warn!(error = %e, "the limit of open files stays as it is");
+    }
+    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    tracing::info!(open_files = allowed, max_connections, "limits");
+    if allowed < u64::from(max_connections).saturating_mul(2) {
+        tracing::warn!(
+            open_files = allowed,
+            max_connections,
+            "too few open files for as many connections: raise LimitNOFILE, or lower \
+             --max-connections"
+        );
+    }
+    allowed
+}

@@ -1,0 +1,247 @@
+//! How a container is had: in turn with other jobs, alone behind its door, or live; and how a job
+//! on it is paced.
+
+use super::*;
+
+/// A container that this job works on.
+pub(super) struct Working {
+    container: String,
+    all: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&self.container);
+    }
+}
+
+impl Steward {
+    pub(super) fn disks(&self) -> &Disks {
+        &self.parts.disks
+    }
+
+    pub(super) fn root(&self) -> Result<&Root> {
+        self.disks().root().ok_or_else(|| {
+            Error::unsupported("a single disk is served here, not a store")
+                .fix("Ask the service of the store, or run the command without one")
+        })
+    }
+
+    pub(super) fn work_on(&self, container: &str) -> Option<Working> {
+        let mut all = self.working.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(container.to_owned()).then(|| Working {
+            container: container.to_owned(),
+            all: self.working.clone(),
+        })
+    }
+
+    /// Waits for the job before; `None` when this one is cancelled meanwhile.
+    pub(super) fn turn(&self, container: &str, job: &JobHandle) -> Option<Working> {
+        while !job.cancelled() {
+            if let Some(working) = self.work_on(container) {
+                return Some(working);
+            }
+            job.sleep(LOOK_AGAIN);
+        }
+        None
+    }
+
+    /// Has a container's live disk for itself: nobody opens it until the result is dropped.
+    /// Returns how many connections were ended. Error: `InUse`, with who uses it.
+    pub(super) fn alone(&self, container: &str, force: bool) -> Result<(Door, Working, usize)> {
+        let door = self.disks().close_door(container);
+        let working = self.work_on(container).ok_or_else(|| {
+            Error::new(Kind::InUse, format!("a job works on {container}"))
+                .fix("Wait for it, or cancel it: `ploop jobs` shows it")
+        })?;
+        let connected = self.parts.connections.list();
+        let peers: Vec<_> = connected
+            .into_iter()
+            .filter(|c| c.export == container)
+            .map(|c| c.peer)
+            .collect();
+        let mut ended = 0;
+        if !peers.is_empty() {
+            if !force {
+                let what = format!("{container} is in use by {}", peers.join(", "));
+                return Err(Error::new(Kind::InUse, what)
+                    .on(self.disks().place(container)?.dir())
+                    .fix("Disconnect it there, or end these connections with --force"));
+            }
+            ended = self.parts.connections.end(container, LET_GO)?;
+        }
+        // A client that has just gone: its disk is being closed.
+        if !self.disks().wait_closed(&door, LET_GO) {
+            let what = format!("{container} is still being closed");
+            return Err(Error::new(Kind::InUse, what).fix("Try again"));
+        }
+        Ok((door, working, ended))
+    }
+
+    /// Refuses what would take the ground from under a client of a snapshot's export: the removal
+    /// of that snapshot, and of any that it stands on and that would be rewritten.
+    pub(super) fn refuse_exported(
+        &self,
+        container: &str,
+        place: &Place<'_>,
+        node: Guid,
+    ) -> Result<()> {
+        let (d, meta) = (place.descriptor()?, place.meta()?);
+        // With several children it is only hidden.
+        let rewritten = d.children(node).len() == 1;
+        for open in self.disks().open_snapshots(place) {
+            let stands = || {
+                d.chain(open)
+                    .is_ok_and(|c| c.iter().any(|i| i.guid == node))
+            };
+            if open != node && !(rewritten && stands()) {
+                continue;
+            }
+            let shown = meta
+                .name_of(open)
+                .map_or_else(|| open.to_string(), str::to_owned);
+            // A client may have come by a name that the snapshot had then.
+            let is_it = |export: &str| {
+                let text = export
+                    .strip_prefix(container)
+                    .and_then(|e| e.strip_prefix('@'));
+                text.is_some_and(|t| place.find(&d, &meta, t).map_or(true, |g| g == open))
+            };
+            let connected = self.parts.connections.list().into_iter();
+            let peers: Vec<_> = connected
+                .filter(|c| is_it(&c.export))
+                .map(|c| c.peer)
+                .collect();
+            let to = match peers.is_empty() {
+                true => "a client that is just leaving".to_owned(),
+                false => peers.join(", "),
+            };
+            let what = format!("{container}@{shown} is exported, to {to}");
+            return Err(Error::new(Kind::InUse, what).fix("Disconnect it there first"));
+        }
+        Ok(())
+    }
+
+    /// Whether every member of a group has its snapshot.
+    pub(super) fn is_whole(&self, id: &str, members: &[String]) -> bool {
+        let has = |member: &String| {
+            let of = |s: &tree::Snapshot| s.group.as_ref().is_some_and(|g| g.id == id);
+            let listed = self.disks().place(member).and_then(|p| tree::list(&p));
+            listed.is_ok_and(|all| all.iter().any(of))
+        };
+        members.iter().all(has)
+    }
+
+    pub(super) fn node(&self, container: &str, text: &str) -> Result<(Place<'_>, Guid)> {
+        let place = self.disks().place(container)?;
+        let node = place.find(&place.descriptor()?, &place.meta()?, text)?;
+        Ok((place, node))
+    }
+
+    pub(super) fn taken(&self, taken: Taken) -> SnapshotTaken {
+        self.parts
+            .meter
+            .snapshot_pause(Duration::from_secs_f64(taken.pause));
+        tracing::info!(
+            container = taken.disk,
+            snapshot = taken.guid,
+            name = taken.name,
+            pause = taken.pause,
+            depth = taken.depth,
+            "snapshot made"
+        );
+        SnapshotTaken {
+            container: taken.disk,
+            guid: taken.guid,
+            name: taken.name,
+            pause: taken.pause,
+            depth: taken.depth as u64,
+            note: taken.note,
+        }
+    }
+
+    /// Runs what waits on an open container.
+    pub(super) fn run(&self, container: &str, job: &JobHandle, rate: Option<u64>) -> Result<Ended> {
+        let disk = self.disks().live(container)?;
+        let place = self.disks().place(container)?;
+        self.run_on(&place, &disk, job, rate)
+    }
+
+    pub(super) fn run_on(
+        &self,
+        place: &Place<'_>,
+        disk: &OpenDisk,
+        job: &JobHandle,
+        rate: Option<u64>,
+    ) -> Result<Ended> {
+        let watch = Throttle {
+            job,
+            rate,
+            start: Instant::now(),
+            moved: Mutex::default(),
+        };
+        let live = Live {
+            place,
+            disk: disk.disk(),
+        };
+        let ran = delete::run(live, &watch)?;
+        let text = format!(
+            "{} removed, {} bytes freed{}",
+            match ran.removed {
+                1 => "1 snapshot".to_owned(),
+                n => format!("{n} snapshots"),
+            },
+            ran.freed,
+            match ran.hidden {
+                0 => String::new(),
+                n => format!(", {n} hidden while others need them"),
+            }
+        );
+        Ok(match ran.paused {
+            true => Ended::Paused(format!(
+                "{text}; the rest goes on with `ploop snapshot merge {} --continue`, or when the \
+                 disk is served again",
+                place.shown()
+            )),
+            false => Ended::Done(text),
+        })
+    }
+
+    /// Clones from a snapshot of a container that is open here: its images become layers first.
+    pub(super) fn share_live(&self, container: &str, snapshot: &str) -> Result<()> {
+        if self.disks().read_only() || !self.disks().is_open(container) {
+            return Ok(());
+        }
+        let disk = self.disks().live(container)?;
+        let place = self.disks().place(container)?;
+        let _arranging = disk.disk().arrange();
+        disk.disk().settle(place.opener())?;
+        let node = place.find(&place.descriptor()?, &place.meta()?, snapshot)?;
+        share::share(&place, node)
+    }
+}
+
+/// Holds a rate, and stops where the job is told to.
+struct Throttle<'a> {
+    job: &'a JobHandle,
+    rate: Option<u64>,
+    start: Instant,
+    moved: Mutex<u64>,
+}
+
+impl Watch for Throttle<'_> {
+    fn go_on(&self, moved: u64) -> bool {
+        let mut all = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        *all += moved;
+        if let Some(rate) = self.rate.filter(|r| *r > 0) {
+            let due = Duration::from_secs_f64(*all as f64 / rate as f64);
+            self.job.sleep(due.saturating_sub(self.start.elapsed()));
+        }
+        !self.job.cancelled()
+    }
+
+    fn progress(&self, progress: Progress) {
+        self.job.progress(progress.done, progress.total);
+    }
+}

@@ -1,0 +1,87 @@
+//! What is held: an open disk closes itself, a name becomes free, a door opens, when the last user
+//! lets go.
+
+use super::*;
+
+impl OpenDisk {
+    /// The disk.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+}
+
+impl Drop for OpenDisk {
+    fn drop(&mut self) {
+        if let Err(e) = self.disk.close() {
+            tracing::error!(export = self.freed.key, error = %e, "the disk was not closed cleanly");
+        }
+    }
+}
+
+impl Drop for Freed {
+    fn drop(&mut self) {
+        let mut names = self.table.lock();
+        // The name may be another disk's by now.
+        if names.open.get(&self.key).is_some_and(|e| e.id == self.id) {
+            names.open.remove(&self.key);
+        }
+        drop(names);
+        self.table.changed.notify_all();
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let mut names = self.table.lock();
+        if let Some(count) = names.doors.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                names.doors.remove(&self.name);
+            }
+        }
+        drop(names);
+        self.table.changed.notify_all();
+    }
+}
+
+impl Device for OpenDisk {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.disk.read_only()
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        self.disk.cluster_bytes()
+    }
+
+    fn map(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<ReadLease> {
+        self.disk.map(range, segments)
+    }
+
+    fn prepare(&self, range: Range<u64>, segments: &mut Vec<WriteSegment>) -> Result<WriteLease> {
+        self.disk.prepare(range, segments)
+    }
+
+    fn commit(&self, lease: WriteLease) -> Result<()> {
+        self.disk.commit(lease)
+    }
+
+    fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
+        self.disk.zero(range, mode)
+    }
+
+    fn discard(&self, range: Range<u64>) -> Result<()> {
+        self.disk.discard(range)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.disk.flush()
+    }
+
+    fn allocation(&self, range: Range<u64>, limit: usize, out: &mut Vec<Extent>) -> Result<()> {
+        self.disk.allocation(range, limit, out)
+    }
+}
