@@ -15,7 +15,8 @@ use tracing_subscriber::EnvFilter;
 /// Logs go to standard error; `RUST_LOG` overrides.
 pub(crate) fn log_to_stderr(verbose: u8) {
     let level = match verbose {
-        0 => "warn",
+        // A job of this process fails with the command, which says so itself.
+        0 => "warn,nbd_server::control::jobs=error",
         1 => "info",
         _ => "debug",
     };
@@ -153,6 +154,18 @@ pub(crate) fn duration(d: Duration) -> String {
         s if s < 0.001 => format!("{:.0} µs", s * 1e6),
         s if s < 1.0 => format!("{:.1} ms", s * 1e3),
         s => format!("{s:.1} s"),
+    }
+}
+
+/// How long ago a time in seconds since 1970 is.
+pub(crate) fn age(then: u64) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seconds = now.map_or(0, |d| d.as_secs()).saturating_sub(then);
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        7200..=172_799 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
     }
 }
 

@@ -5,14 +5,17 @@ mod disk;
 mod openvz;
 mod serve;
 mod store;
+mod tree;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::CommandFactory;
+use ploop::descriptor::Guid;
 use ploop::disk::open::{Format, OpenOptions, Opener, Source};
 use ploop::{Error, Kind, Result};
 use snapshots::Root;
+use snapshots::place::Place;
 
 use crate::args::{self, Cli, Command};
 
@@ -24,6 +27,13 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::List(j) => store::list(root, *j)?,
         Command::Rm(r) => store::remove(root, r)?,
         Command::Info(i) => disk::info(root, i)?,
+        Command::Snapshot(s) => tree::snapshot(root, s)?,
+        Command::Tree(t) => tree::tree(root, t)?,
+        Command::Export(e) => tree::export(root, e)?,
+        Command::Jobs(j) => tree::jobs(root, j)?,
+        Command::SnapshotDelete(n) => tree::openvz_delete(n)?,
+        Command::SnapshotSwitch(n) => tree::openvz_switch(n)?,
+        Command::SnapshotMerge(m) => tree::openvz_merge(m)?,
         Command::Convert(c) => disk::convert(root, c)?,
         Command::Check(c) => return disk::check(root, c),
         Command::Serve(s) => serve::serve(root, s)?,
@@ -40,8 +50,30 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `text` names, and how to open it: a path wins, then a container of the store.
+/// What `text` names, and how to open it: a path wins, then a container of the store. A snapshot is
+/// named by its GUID in the result, whatever it was called.
 fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOptions)> {
+    let (mut source, options) = locate_any(root, text, from)?;
+    // A GUID is looked up by the open: it reads nodes that have no name any more, as far as they are
+    // whole.
+    let named = |s: &mut String| Guid::parse(s).is_err();
+    if let Some(snapshot) = source.snapshot.take_if(named) {
+        let opener = Opener::host();
+        let disk = Place::disk(&opener, &source, &options.allow, true);
+        // Of a single image the open says what is wrong with that.
+        source.snapshot = Some(match disk {
+            Ok(place) => {
+                let place = place.called(text.rsplit_once('@').map_or(text, |(disk, _)| disk));
+                let found = place.find(&place.descriptor()?, &place.meta()?, &snapshot);
+                found?.to_string()
+            }
+            Err(_) => snapshot,
+        });
+    }
+    Ok((source, options))
+}
+
+fn locate_any(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOptions)> {
     let opener = Opener::host();
     let mut options = OpenOptions {
         format: from.from.map(|f| match f {
@@ -94,6 +126,17 @@ fn locate(root: &Path, text: &str, from: &args::From) -> Result<(Source, OpenOpt
             Ok((source, options))
         }
     }
+}
+
+/// The store and the name of a source that is a container's directory.
+fn container_of(source: &Source) -> Option<(std::path::PathBuf, String)> {
+    let real = std::fs::canonicalize(&source.path).ok()?;
+    let dir = real.parent().filter(|_| source.descriptor)?;
+    let room = dir.parent().filter(|r| r.ends_with("containers"))?;
+    let store = room.parent()?;
+    let name = dir.file_name()?.to_str()?;
+    let is_one = snapshots::name::check(name).is_ok() && Root::open(store, false).is_ok();
+    is_one.then(|| (store.to_path_buf(), name.to_owned()))
 }
 
 /// A disk directory that lies in a store (`ROOT/containers/NAME`) may use that store's layers.

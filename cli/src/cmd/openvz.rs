@@ -152,8 +152,10 @@ pub(crate) fn refuse(words: &[String]) -> Error {
         "mount" | "umount" | "start" | "stop" => {
             "needs OpenVZ's kernel; serve the disk instead: ploop serve SOURCE --socket PATH"
         }
-        "snapshot" | "snapshot-delete" | "snapshot-merge" | "snapshot-switch" | "tsnapshot"
-        | "merge" => "snapshots are made by a later version; this one reads and lists them",
+        "tsnapshot" => {
+            "mounts a snapshot; serve it instead: ploop serve DISK@SNAPSHOT --socket PATH"
+        }
+        "merge" => "merges bare images; a disk's are merged by `ploop snapshot merge`",
         "grow" | "resize" | "balloon" => "resizing is for a later version; `ploop create --size`",
         "copy" | "replace" | "encrypt" | "cbt" | "stat" | "restore-descriptor" | "degrade"
         | "fscheck" | "clear" | "delete" => "this verb of OpenVZ's is not here",

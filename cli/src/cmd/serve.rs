@@ -1,9 +1,12 @@
 //! `serve`: one disk, or a store.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nbd_server::export::{Exports, Single, StoreExports};
+use nbd_server::control::model::Info;
+use nbd_server::control::service::Limits;
+use nbd_server::control::{Control, Jobs, Meter, Parts, Service, go_on_with_merges, operations};
+use nbd_server::export::{Disks, Exports, Single};
 use nbd_server::{Config, Server};
 use ploop::device::Device;
 use ploop::disk::Disk;
@@ -15,27 +18,111 @@ use crate::args;
 use crate::output::line;
 
 pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
-    raise_file_limit();
-    match &s.source {
-        None => {
-            let root = Root::open(root, false)?;
-            // One that we may not read is refused before anybody connects.
-            snapshots::list::names(&root)?;
-            run(Arc::new(StoreExports::new(root, s.read_only)), s)
-        }
-        Some(text) => {
-            let (source, options) = super::locate(root, text, &s.from)?;
-            let write = !s.read_only && source.snapshot.is_none();
-            let options = OpenOptions { write, ..options };
-            let disk = Arc::new(Opener::host().open(&source, &options)?);
-            let name = s.name.clone().unwrap_or_else(|| export_name(&source));
-            let description = source.path.display().to_string();
-            let device: Arc<dyn Device> = disk.clone();
-            let served = Single::new(device, name, description).and_then(|e| run(Arc::new(e), s));
-            // The mark is cleared whatever ended the service; a latched disk keeps it.
-            close(&disk, served)
-        }
+    let limit = raise_file_limit();
+    let Some(text) = &s.source else {
+        let store = Root::open(root, false)?;
+        // One that we may not read is refused before anybody connects.
+        snapshots::list::names(&store)?;
+        let dir = store.dir().to_path_buf();
+        let control = s.control.clone().unwrap_or_else(|| free_socket(&dir));
+        let opener = Opener::host().with_control(absolute(&control)?);
+        let store = Root::on(opener, &dir, false, true)?;
+        let disks = Arc::new(Disks::new(store, s.read_only));
+        return run_disks(disks, &absolute(&control)?, Some(&dir), limit, s);
+    };
+    let (source, options) = super::locate(root, text, &s.from)?;
+    let write = !s.read_only && source.snapshot.is_none();
+    let options = OpenOptions { write, ..options };
+    let name = s.name.clone().unwrap_or_else(|| export_name(&source));
+    if !source.descriptor || !write {
+        let disk = Arc::new(Opener::host().open(&source, &options)?);
+        let description = source.path.display().to_string();
+        let device: Arc<dyn Device> = disk.clone();
+        let served = Single::new(device, name, description).and_then(|e| run(Arc::new(e), s));
+        // The mark is cleared whatever ended the service; a latched disk keeps it.
+        return close(&disk, served);
     }
+    let real =
+        std::fs::canonicalize(&source.path).map_err(|e| Error::io("find", &source.path, e))?;
+    let dir = real.parent().unwrap_or(Path::new("/")).to_path_buf();
+    let control = absolute(
+        &s.control
+            .clone()
+            .unwrap_or_else(|| dir.join(".ploop/control.sock")),
+    )?;
+    let opener = Opener::host().with_control(control.clone());
+    let disks = match super::container_of(&source) {
+        // A container of a store stays one: its layers are the store's.
+        Some((store, container)) => {
+            let store = Root::on(opener, &store, false, true)?;
+            Disks::of_container(store, &container, name)?
+        }
+        None => Disks::of_disk(opener, name, source, options),
+    };
+    let disks = Arc::new(disks);
+    // Open as long as it is served: whoever is refused is told at once, and nobody else takes it.
+    let held = disks.live(disks.only_name())?;
+    let served = run_disks(disks, &control, None, limit, s);
+    let closed = held.disk().close();
+    served.and(closed)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|e| Error::io("resolve", path, e))
+}
+
+/// The store's control socket, or one beside it while another service has that.
+fn free_socket(dir: &Path) -> PathBuf {
+    let usual = dir.join("control.sock");
+    match std::os::unix::net::UnixStream::connect(&usual) {
+        Ok(_) => dir.join(format!("control.{}.sock", std::process::id())),
+        Err(_) => usual,
+    }
+}
+
+/// Serves disks, and answers the control API beside it.
+fn run_disks(
+    disks: Arc<Disks>,
+    control: &Path,
+    root: Option<&Path>,
+    open_files_limit: u64,
+    s: &args::Serve,
+) -> Result<()> {
+    let config = Config::default();
+    let mut server = Server::new(disks.clone(), config);
+    let (jobs, meter) = (Jobs::default(), Arc::new(Meter::default()));
+    let connections = server.connections();
+    let operations = operations(Parts {
+        disks: disks.clone(),
+        connections: connections.clone(),
+        meter: meter.clone(),
+    });
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let info = Info {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        program: "ploop serve".into(),
+        root: root.map(|r| r.display().to_string()),
+        started: now.map_or(0, |d| d.as_secs()),
+        read_only: s.read_only,
+        max_connections: config.max_connections,
+        open_files_limit,
+    };
+    let places = listen(&mut server, s)?;
+    let (later, at_work) = (operations.clone(), jobs.clone());
+    let control = Control::start(
+        control,
+        Service {
+            info,
+            connections,
+            jobs,
+            meter,
+            operations,
+            limits: Limits::default(),
+        },
+    )?;
+    go_on_with_merges(&disks, at_work, &later);
+    server.run_until_signal(|| announce(&places), move || control.stop())
 }
 
 fn close(disk: &Disk, served: Result<()>) -> Result<()> {
@@ -45,6 +132,17 @@ fn close(disk: &Disk, served: Result<()>) -> Result<()> {
 
 fn run(exports: Arc<dyn Exports>, s: &args::Serve) -> Result<()> {
     let mut server = Server::new(exports, Config::default());
+    let places = listen(&mut server, s)?;
+    server.run_ready(|| announce(&places))
+}
+
+fn announce(places: &[String]) -> Result<()> {
+    places
+        .iter()
+        .try_for_each(|p| line(format!("listening on {p}")))
+}
+
+fn listen(server: &mut Server, s: &args::Serve) -> Result<Vec<String>> {
     let mut places = Vec::new();
     if let Some(path) = &s.socket {
         server.listen_unix(path)?;
@@ -59,11 +157,7 @@ fn run(exports: Arc<dyn Exports>, s: &args::Serve) -> Result<()> {
             "--activation: systemd passed no sockets (LISTEN_FDS)",
         ));
     }
-    server.run_ready(|| {
-        places
-            .iter()
-            .try_for_each(|p| line(format!("listening on {p}")))
-    })
+    Ok(places)
 }
 
 /// A container's name, or the file's: `…/NAME/DiskDescriptor.xml`, `…/NAME.hds`.
@@ -83,7 +177,7 @@ fn export_name(source: &Source) -> String {
 }
 
 /// A store can have thousands of disks open, two files each.
-fn raise_file_limit() {
+fn raise_file_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let wanted = Rlimit {
@@ -93,4 +187,5 @@ fn raise_file_limit() {
     if let Err(e) = setrlimit(Resource::Nofile, wanted) {
         tracing::warn!(error = %e, "the limit of open files stays as it is");
     }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

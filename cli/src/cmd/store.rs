@@ -3,12 +3,14 @@
 use std::path::Path;
 use std::time::Instant;
 
+use nbd_server::control::Agent;
+use nbd_server::control::model::{CreateContainers, CreatedContainer};
 use ploop::disk::open::{OpenOptions, Opener, Source};
 use ploop::store::{EntryKind, Store};
 use ploop::{Error, Kind, Result};
 use serde_json::json;
 use snapshots::rootfs::{BuildOptions, RootSource, Step};
-use snapshots::{CreateOptions, ImportOptions, ImportSource, ImportStep, Root, list as listing};
+use snapshots::{ImportOptions, ImportSource, ImportStep, Root, list as listing};
 
 use crate::args::{self, Json, Template};
 use crate::output::{Bar, duration, line, print_json, size, table};
@@ -19,7 +21,39 @@ pub(crate) fn template(root: &Path, command: &Template) -> Result<()> {
         Template::List(j) => template_list(root, *j),
         Template::Info { name, json } => template_info(root, name, *json),
         Template::Rm { name } => snapshots::remove_template(&Root::open(root, false)?, name),
+        Template::Create { name, from } => template_create(root, name, from),
+        Template::Verify { name } => {
+            let bar = Bar::new(true);
+            let agent = Agent::of_store(root, &[])?;
+            let job = agent.template_verify(name, &mut |done, total| {
+                bar.at("read", done, Some(total));
+            })?;
+            drop(bar);
+            line(job.message.unwrap_or_default())
+        }
+        Template::Flatten { name } => {
+            let bar = Bar::new(true);
+            let agent = Agent::of_store(root, &[])?;
+            let job = agent.template_flatten(name, &mut |done, total| {
+                bar.at("copy", done, Some(total));
+            })?;
+            drop(bar);
+            line(format!(
+                "template {name}: {}",
+                job.message.unwrap_or_default()
+            ))
+        }
     }
+}
+
+fn template_create(root: &Path, name: &str, from: &str) -> Result<()> {
+    let (container, snapshot) = from.split_once('@').ok_or_else(|| {
+        Error::invalid(format!("{from:?} is no CONTAINER@SNAPSHOT"))
+            .fix("A template of a live disk would change under its clones: make a snapshot first")
+    })?;
+    let root = Root::open(root, false)?;
+    let made = snapshots::template::from_snapshot(&root, name, container, snapshot)?;
+    line(format!("template {name}: {}", size(made.size)))
 }
 
 /// A directory with a descriptor is a disk, any other a root filesystem; a file is an archive when
@@ -140,40 +174,45 @@ fn template_info(root: &Path, name: &str, json: Json) -> Result<()> {
 }
 
 pub(crate) fn create(root: &Path, c: &args::Create) -> Result<()> {
-    let root = Root::open(root, false)?;
-    let bar = Bar::new(true);
-    let options = CreateOptions { size: c.size };
-    let mut made = Vec::new();
-    for name in &c.names {
-        let began = Instant::now();
-        let done =
-            snapshots::create_container(&root, name, &c.template, &options, &|done, total| {
-                bar.at("grow", done, Some(total));
-            })?;
-        let took = began.elapsed();
-        if c.json.json {
-            made.push(json!({
-                "name": name, "dir": done.dir, "size": done.size,
-                "grown": done.grown.as_ref().map(|g| json!({ "data": g.data, "cached": g.cached })),
-                "seconds": took.as_secs_f64(),
-            }));
-            continue;
-        }
-        let grown = match &done.grown {
+    let began = Instant::now();
+    let source = c.from.as_deref();
+    let source = source.map(|f| f.split_once('@').map_or(f, |(container, _)| container));
+    // A clone of a container is made by whoever has that open.
+    let held: Vec<&str> = source.into_iter().collect();
+    let agent = Agent::of_store(root, &held)?;
+    let made = agent.create(&CreateContainers {
+        names: c.names.clone(),
+        count: c.count,
+        template: c.template.clone(),
+        from: c.from.clone(),
+        size: c.size,
+    })?;
+    let took = began.elapsed();
+    if c.json.json {
+        let each = took.as_secs_f64() / made.len().max(1) as f64;
+        let entry = |m: &CreatedContainer| {
+            json!({
+                "name": m.name, "dir": m.dir, "size": m.size, "grown": m.grown, "seconds": each,
+            })
+        };
+        return print_json(&made.iter().map(entry).collect::<Vec<_>>());
+    }
+    if let [one] = &made[..] {
+        let grown = match &one.grown {
             Some(g) if !g.cached => format!(", {} to grow the filesystem", size(g.data)),
             _ => String::new(),
         };
-        line(format!(
-            "container {name}: {} in {}{grown}",
-            size(done.size),
+        return line(format!(
+            "container {}: {} in {}{grown}",
+            one.name,
+            size(one.size),
             duration(took)
-        ))?;
+        ));
     }
-    if c.json.json {
-        print_json(&made)
-    } else {
-        Ok(())
+    for m in &made {
+        line(format!("container {}: {}", m.name, size(m.size)))?;
     }
+    line(format!("{} containers in {}", made.len(), duration(took)))
 }
 
 pub(crate) fn list(root: &Path, json: Json) -> Result<()> {
@@ -197,13 +236,28 @@ pub(crate) fn list(root: &Path, json: Json) -> Result<()> {
 
 pub(crate) fn remove(root: &Path, r: &args::Rm) -> Result<()> {
     let root = Root::open(root, false)?;
-    let mut missing = None;
-    for name in &r.names {
-        match snapshots::remove_container(&root, name) {
-            // One that is gone does not keep the others.
-            Err(e) if e.kind() == Kind::NotFound => missing = Some(e),
-            other => other?,
+    let (there, missing): (Vec<String>, Vec<String>) = r
+        .names
+        .iter()
+        .cloned()
+        .partition(|n| root.container(n).exists());
+    let mut held = None;
+    if !r.force {
+        match snapshots::remove::remove_containers(&root, &r.names) {
+            // The store's service knows the clients of those it holds.
+            Err(e) if e.kind() == Kind::InUse => held = Some(e),
+            done => return done,
         }
     }
-    missing.map_or(Ok(()), Err)
+    let mut failed = Ok(());
+    for name in there.iter().filter(|n| root.container(n).exists()) {
+        let removed = Agent::of_store(root.dir(), &[name]).and_then(|agent| {
+            match held.take_if(|_| !agent.is_of_store()) {
+                Some(e) => Err(e),
+                None => agent.remove(name, r.force).map(drop),
+            }
+        });
+        failed = failed.and(removed);
+    }
+    failed.and(snapshots::remove::remove_containers(&root, &missing))
 }

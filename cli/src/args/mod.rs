@@ -1,10 +1,16 @@
 //! What can be typed.
 
+mod openvz;
+mod tree;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::output::parse_size;
+
+pub(crate) use openvz::{Init, OpenvzMerge, OpenvzNode, OpenvzSnapshot, SnapshotList};
+pub(crate) use tree::{Export, ExportTo, JobsArgs, Snapshot, SnapshotArgs, Tree};
 
 const AFTER: &str = "\
 Sizes: a number and B, K, M, G or T (powers of 1024); without a letter, bytes (OpenVZ verbs: sectors).
@@ -35,7 +41,7 @@ pub(crate) enum Command {
     /// Templates: sealed disks that containers are cloned from.
     #[command(subcommand)]
     Template(Template),
-    /// Make a container from a template.
+    /// Make containers from a template, or from another container.
     Create(Create),
     /// List the containers of the store.
     List(Json),
@@ -43,6 +49,14 @@ pub(crate) enum Command {
     Info(Info),
     /// Remove containers and their data.
     Rm(Rm),
+    /// Snapshots: make, list, go back to, delete.
+    Snapshot(SnapshotArgs),
+    /// Draw the tree of a disk, with what each node takes and would give back.
+    Tree(Tree),
+    /// Copy a container, or one of its snapshots, out of the store.
+    Export(Export),
+    /// Work that a service does: list it, cancel it.
+    Jobs(JobsArgs),
     /// Serve a disk, an image or a whole store over NBD.
     Serve(Serve),
     /// Copy a disk or an image into another format.
@@ -56,6 +70,12 @@ pub(crate) enum Command {
     Init(Init),
     /// OpenVZ: list the snapshots of a DiskDescriptor.xml.
     SnapshotList(SnapshotList),
+    /// OpenVZ: delete a snapshot of a DiskDescriptor.xml.
+    SnapshotDelete(OpenvzNode),
+    /// OpenVZ: go back to a snapshot; what was written since is lost.
+    SnapshotSwitch(OpenvzNode),
+    /// OpenVZ: merge a node with its parent, which goes.
+    SnapshotMerge(OpenvzMerge),
     /// Print completions for a shell.
     Completions {
         /// Which shell.
@@ -73,6 +93,10 @@ impl Command {
             Command::Template(Template::Import(i)) => i.json.json,
             Command::Template(Template::List(j) | Template::Info { json: j, .. }) => j.json,
             Command::Create(c) => c.json.json,
+            Command::Snapshot(s) => s.command.as_ref().is_some_and(Snapshot::wants_json),
+            Command::Tree(t) => t.json.json,
+            Command::Export(e) => e.json.json,
+            Command::Jobs(j) => j.json.json,
             Command::List(j) => j.json,
             Command::Info(i) => i.json.json,
             Command::Convert(c) => c.json.json,
@@ -104,6 +128,24 @@ pub(crate) enum Template {
     },
     /// Remove a template that no container is cloned from.
     Rm {
+        /// The template.
+        name: String,
+    },
+    /// Make a template of a snapshot, at once: it shares the snapshot's data.
+    Create {
+        /// The new template's name.
+        name: String,
+        /// The snapshot.
+        #[arg(long, value_name = "CONTAINER@SNAPSHOT")]
+        from: String,
+    },
+    /// Read a template and compare it with the hash that was recorded when it was made.
+    Verify {
+        /// The template.
+        name: String,
+    },
+    /// Make a template of several layers one of one layer. Its clones keep theirs.
+    Flatten {
         /// The template.
         name: String,
     },
@@ -151,13 +193,20 @@ pub(crate) enum Format {
 }
 
 #[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("origin").required(true).args(["template", "from"]))]
 pub(crate) struct Create {
-    /// Names of the new containers.
+    /// Names of the new containers; with --count, what their numbers are put behind.
     #[arg(required = true)]
     pub names: Vec<String>,
     /// The template.
     #[arg(long)]
-    pub template: String,
+    pub template: Option<String>,
+    /// Another container, or a snapshot of it; of a container itself, a snapshot is made first.
+    #[arg(long, value_name = "CONTAINER[@SNAPSHOT]")]
+    pub from: Option<String>,
+    /// Make so many: NAME-0001, NAME-0002, …
+    #[arg(long, value_name = "N")]
+    pub count: Option<u32>,
     /// Size of the disk; not below the template's. Partition and filesystem are grown with it.
     #[arg(long, value_parser = parse_size)]
     pub size: Option<u64>,
@@ -183,6 +232,9 @@ pub(crate) struct Rm {
     /// The containers.
     #[arg(required = true)]
     pub names: Vec<String>,
+    /// End the connections of the clients that use them.
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Args, Debug)]
@@ -213,6 +265,9 @@ pub(crate) struct Serve {
     /// Serve read-only.
     #[arg(long)]
     pub read_only: bool,
+    /// The control API's socket [default: control.sock of the store; .ploop/control.sock of a disk].
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
     #[command(flatten)]
     pub from: From,
 }
@@ -264,64 +319,6 @@ pub(crate) struct Demo {
     /// Keep the store and say where it is.
     #[arg(long)]
     pub keep: bool,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct Init {
-    /// The image to create; its DiskDescriptor.xml goes beside it.
-    pub delta: PathBuf,
-    /// Size of the disk; without a letter, in sectors.
-    #[arg(short = 's', value_parser = parse_sectors)]
-    pub size: u64,
-    /// raw, expanded (v2), ploop1 (v1).
-    #[arg(short = 'f', default_value = "expanded")]
-    pub format: String,
-    /// Version of the format: 1 or 2.
-    #[arg(
-        id = "format_version",
-        short = 'v',
-        default_value_t = 2,
-        value_parser = clap::value_parser!(u32).range(1..=2),
-    )]
-    pub version: u32,
-    /// Cluster size in sectors.
-    #[arg(short = 'b', default_value_t = 2048)]
-    pub blocksize: u32,
-    /// Filesystem: only `none`; `ploop template import` makes filesystems.
-    #[arg(short = 't', default_value = "none")]
-    pub fstype: String,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct SnapshotList {
-    /// The DiskDescriptor.xml, or its directory.
-    pub descriptor: String,
-    /// No header.
-    #[arg(short = 'H')]
-    pub no_header: bool,
-    /// Leave the top out.
-    #[arg(short = 's')]
-    pub snapshots_only: bool,
-    /// Only this snapshot.
-    #[arg(short = 'u', long = "id")]
-    pub id: Option<String>,
-    /// Columns, of uuid, parent_uuid, current, fname.
-    #[arg(short = 'o', default_value = "parent_uuid,current,uuid,fname")]
-    pub columns: String,
-    #[command(flatten)]
-    pub json: Json,
-}
-
-/// OpenVZ's sizes: a bare number counts sectors.
-fn parse_sectors(text: &str) -> Result<u64, String> {
-    let bytes = match text.parse::<u64>() {
-        Ok(sectors) => sectors.checked_mul(512).ok_or("the size is too large")?,
-        Err(_) => parse_size(text)?,
-    };
-    match bytes % 512 {
-        0 => Ok(bytes / 512),
-        _ => Err(format!("{bytes} bytes is no whole number of sectors")),
-    }
 }
 
 #[cfg(test)]
