@@ -8,8 +8,10 @@
 pub mod client;
 pub mod corpus;
 pub mod crash;
+pub mod daemon;
 pub mod fsx;
 pub mod minbase;
+pub mod model;
 pub mod mount;
 pub mod server;
 pub mod store;

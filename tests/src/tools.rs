@@ -13,6 +13,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dumpe2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("fio", "fio"),
+    ("fsfreeze", "util-linux"),
     ("mke2fs", "e2fsprogs"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
@@ -71,10 +72,21 @@ pub fn ploop() -> Command {
 /// Where the `ploop` of [`ploop()`] is.
 pub fn ploop_path() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(build_ploop)
+    BUILT.get_or_init(|| build("ploop-cli", "ploop"))
 }
 
-fn build_ploop() -> PathBuf {
+/// A command for the `ploopd` of this checkout, as [`ploop()`].
+pub fn ploopd() -> Command {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let mut command = Command::new(BUILT.get_or_init(|| build("ploop-nbd-server", "ploopd")));
+    command
+        .env("LC_ALL", "C")
+        .env_remove("PLOOP_ROOT")
+        .env_remove("RUST_LOG");
+    command
+}
+
+fn build(package: &str, program: &str) -> PathBuf {
     // TARGET/PROFILE/deps/TEST-HASH
     let test = std::env::current_exe().unwrap();
     let profile = test.parent().and_then(Path::parent).unwrap();
@@ -83,20 +95,11 @@ fn build_ploop() -> PathBuf {
         other => other,
     };
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args([
-        "build",
-        "--quiet",
-        "-p",
-        "ploop-cli",
-        "--profile",
-        profile_name,
-    ]);
     cargo
-        .args([
-            "--message-format",
-            "json-render-diagnostics",
-            "--target-dir",
-        ])
+        .args(["build", "--quiet", "-p", package, "--bin", program])
+        .args(["--profile", profile_name])
+        .args(["--message-format", "json-render-diagnostics"])
+        .arg("--target-dir")
         .arg(profile.parent().unwrap());
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
     let out = run(&mut cargo).stdout;
@@ -104,7 +107,7 @@ fn build_ploop() -> PathBuf {
         .split(|&b| b == b'\n')
         .filter_map(|l| serde_json::from_slice(l).ok());
     let path = messages
-        .filter(|m: &Value| m["target"]["name"] == "ploop")
+        .filter(|m: &Value| m["target"]["name"] == program)
         .find_map(|m| Some(PathBuf::from(m["executable"].as_str()?)));
-    path.expect("cargo names the ploop executable")
+    path.unwrap_or_else(|| panic!("cargo names no executable of {program}"))
 }

@@ -15,7 +15,7 @@ const LIFE: [Operation; 7] = [
     Operation::Found,
     Operation::Import,
     Operation::Create("a"),
-    Operation::Create("b"),
+    Operation::CreateTogether("b"),
     Operation::Remove("a"),
     Operation::Remove("b"),
     Operation::Forget,

@@ -299,7 +299,7 @@ fn two_servers_of_one_store_share_its_disks_one_at_a_time() {
     expect_refusal(
         rm.args(["rm", "a"]),
         5,
-        &["containers/a", &format!("process {}", one.pid())],
+        &["containers/a", "in use by unix pid", "--force"],
     );
     client.release();
     // The server closes the disk when it sees that the client is gone.

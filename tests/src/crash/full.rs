@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use ploop::Result;
 use ploop::error::Error;
 use ploop::store::memory::MemoryStore;
-use ploop::store::{Access, EntryKind, FileId, Store, StoreFile};
+use ploop::store::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
 
 const BLOCK: u64 = 4096;
 const ENOSPC: i32 = 28;
@@ -89,6 +89,10 @@ impl Store for FullStore {
         self.inner.rename_new(from, to)
     }
 
+    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
+        self.inner.hard_link(from, to)
+    }
+
     fn remove_file(&self, path: &Path) -> Result<()> {
         self.inner.remove_file(path)
     }
@@ -103,6 +107,10 @@ impl Store for FullStore {
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
         self.inner.sync_dir(path)
+    }
+
+    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
+        self.inner.file_system(path)
     }
 
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
@@ -203,12 +211,26 @@ impl StoreFile for FullFile {
         self.inner.zero(offset, len)
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        let (_, done) = self.take(offset, len);
+        done?;
+        self.inner.reserve(offset, len)
+    }
+
+    fn set_mode(&self, mode: u32) -> Result<()> {
+        self.inner.set_mode(mode)
+    }
+
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
         self.inner.next_data(from, to)
     }
 
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
         self.inner.lock_bytes(offset, len)
+    }
+
+    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.unlock_bytes(offset, len)
     }
 
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {

@@ -20,19 +20,25 @@
 //! * [`nbd`]: the serving engine as a client sees it, without a socket.
 //! * [`tree`]: a store of templates and containers, and its operations.
 //! * [`full`]: a host without room.
+//! * [`scene`], [`live`], [`promise`]: disks with trees, operations on them under clients, and what
+//!   is promised at every instant of those; [`front`] sees each store call before it is made.
 //! * [`qemu`]: the second opinion.
 //!
 //! A sector holds one number, 64 times over: which operation wrote it, and for which sector. So a
 //! sector that shows another's bytes, a mixture or garbage is known at a glance.
 
 pub mod fixture;
+pub mod front;
 pub mod full;
 pub mod history;
 pub mod judge;
+pub mod live;
 pub mod nbd;
+pub mod promise;
 pub mod proof;
 pub mod qemu;
 pub mod reorder;
+pub mod scene;
 pub mod sweep;
 pub mod tree;
 pub mod workload;

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use ploop::Result;
 use ploop::store::recording::RecordingStore;
-use ploop::store::{Access, EntryKind, FileId, Store, StoreFile};
+use ploop::store::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
 
 /// What is done to one sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,8 @@ pub enum Target {
     From,
     /// The directory that a name comes into.
     To,
+    /// Whatever it is: the sync is of everything.
+    All,
 }
 
 /// One sync that was called.
@@ -75,6 +77,7 @@ enum Touched {
 enum Object {
     File(PathBuf),
     Dir(PathBuf),
+    All(PathBuf),
 }
 
 /// See the module text. A clone is the same store.
@@ -128,6 +131,7 @@ impl ReorderingStore {
             (Some(Target::File), _, Some(file)) => file.sync()?,
             (Some(Target::From), Touched::Names(from, _), _) => self.inner.sync_dir(from)?,
             (Some(Target::To), Touched::Names(_, to), _) => self.inner.sync_dir(to)?,
+            (Some(Target::All), ..) => self.sync_all(Path::new("/"))?,
             _ => {}
         }
         let done = act()?;
@@ -139,6 +143,7 @@ impl ReorderingStore {
                     .map_or(Ok(()), |file| file.sync())?;
             }
             Some(Object::Dir(dir)) => drop(self.inner.sync_dir(&dir)),
+            Some(Object::All(path)) => self.sync_all(&path)?,
             None => {}
         }
         Ok(done)
@@ -168,6 +173,10 @@ impl ReorderingStore {
             }
         }
         act()
+    }
+
+    fn sync_all(&self, path: &Path) -> Result<()> {
+        self.inner.file_system(path)?.map_or(Ok(()), |fs| fs.sync())
     }
 
     fn name<T>(&self, from: &Path, to: &Path, act: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -200,6 +209,10 @@ impl Store for ReorderingStore {
         self.name(from, to, || self.inner.rename_new(from, to))
     }
 
+    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
+        self.name(from, to, || self.inner.hard_link(from, to))
+    }
+
     fn remove_file(&self, path: &Path) -> Result<()> {
         self.name(path, path, || self.inner.remove_file(path))
     }
@@ -223,6 +236,17 @@ impl Store for ReorderingStore {
         })
     }
 
+    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
+        let wrap = |inner| -> Box<dyn FileSystem> {
+            Box::new(ReorderingFileSystem {
+                store: self.clone(),
+                path: path.to_path_buf(),
+                inner,
+            })
+        };
+        Ok(self.inner.file_system(path)?.map(wrap))
+    }
+
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
         self.inner.list(path)
     }
@@ -233,6 +257,21 @@ impl Store for ReorderingStore {
 
     fn resolve(&self, path: &Path) -> Result<PathBuf> {
         self.inner.resolve(path)
+    }
+}
+
+#[derive(Debug)]
+struct ReorderingFileSystem {
+    store: ReorderingStore,
+    path: PathBuf,
+    inner: Box<dyn FileSystem>,
+}
+
+impl FileSystem for ReorderingFileSystem {
+    fn sync(&self) -> Result<()> {
+        let object = Object::All(self.path.clone());
+        self.store
+            .sync(object, |_| Some(Target::All), || self.inner.sync())
     }
 }
 
@@ -292,12 +331,24 @@ impl StoreFile for ReorderingFile {
         self.change(|| self.inner.zero(offset, len))
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.reserve(offset, len)
+    }
+
+    fn set_mode(&self, mode: u32) -> Result<()> {
+        self.inner.set_mode(mode)
+    }
+
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
         self.inner.next_data(from, to)
     }
 
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
         self.inner.lock_bytes(offset, len)
+    }
+
+    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.unlock_bytes(offset, len)
     }
 
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {

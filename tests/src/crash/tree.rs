@@ -15,6 +15,8 @@ use ploop::store::memory::MemoryStore;
 use ploop::store::recording::{Budget, RecordingStore};
 use ploop::store::{Access, Store};
 use ploop::verify::{Class, class_of, scan_image};
+use snapshots::clone::{CloneSource, Durable, create_containers_by};
+use snapshots::meta::Meta;
 use snapshots::rootfs::BuildOptions;
 use snapshots::template::{self, ImportOptions, ImportSource};
 use snapshots::{CreateOptions, Root, create_container, list, remove_container, remove_template};
@@ -44,6 +46,8 @@ pub enum Operation {
     Import,
     /// A container of that name.
     Create(&'static str),
+    /// The same, made durable as many at once are.
+    CreateTogether(&'static str),
     /// Removes it.
     Remove(&'static str),
     /// Removes the template.
@@ -97,6 +101,13 @@ pub fn perform(root: &Root, operation: Operation) -> Result<()> {
         Operation::Create(name) => {
             create_container(root, name, TEMPLATE, &CreateOptions::default(), &|_, _| ()).map(drop)
         }
+        Operation::CreateTogether(name) => {
+            let from = CloneSource::Template(TEMPLATE.into());
+            let names = [name.to_owned()];
+            let options = CreateOptions::default();
+            let durable = Durable::Together;
+            create_containers_by(root, &names, &from, &options, durable, &|_, _| ()).map(drop)
+        }
         Operation::Remove(name) => remove_container(root, name),
         Operation::Forget => remove_template(root, TEMPLATE),
     }
@@ -126,7 +137,7 @@ pub fn expected(
         let (name, comes) = match operation {
             Operation::Found => continue,
             Operation::Import => (TEMPLATE, true),
-            Operation::Create(name) => (*name, true),
+            Operation::Create(name) | Operation::CreateTogether(name) => (*name, true),
             Operation::Remove(name) => (*name, false),
             Operation::Forget => (TEMPLATE, false),
         };
@@ -261,6 +272,10 @@ fn whole_container(root: &Root, name: &str) -> std::result::Result<(), String> {
     let before = words_of(&disk)?;
     if before != content() {
         return Err("it reads other bytes than its template".into());
+    }
+    let meta = Meta::read(root.opener().store().as_ref(), &root.container(name));
+    if meta.map_err(text)?.id.is_none() {
+        return Err("its id is lost".into());
     }
     disk.write(SECTOR, &payload(PROBE, 1..2)).map_err(text)?;
     disk.flush().and_then(|()| disk.close()).map_err(text)?;
