@@ -87,19 +87,27 @@ def daemon(root):
 
 
 class Api:
-    """The control API, by one connection that is kept."""
+    """The control API, by one connection that is kept while it is used."""
 
     def __init__(self, path):
+        self.path = path
+        self.connect()
+
+    def connect(self):
         self.http = http.client.HTTPConnection("ploopd")
         self.http.sock = socket.socket(socket.AF_UNIX)
-        self.http.sock.connect(str(path))
+        self.http.sock.connect(str(self.path))
+        self.used = time.monotonic()
 
     def ask(self, method, path, body=None):
+        if time.monotonic() - self.used > 2:  # the server lets go of one that is idle
+            self.connect()
         body = None if body is None else json.dumps(body)
         headers = {"content-type": "application/json"} if body else {}
         self.http.request(method, path, body, headers)
         answer = self.http.getresponse()
         text = answer.read()
+        self.used = time.monotonic()
         if answer.status >= 300:
             sys.exit(f"{method} {path}: {answer.status} {text.decode()}")
         return json.loads(text)
@@ -246,9 +254,10 @@ def wakeups(pid):
     """Times that its threads went to sleep."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for line in (task / "status").read_text().splitlines():
-            if line.startswith("voluntary_ctxt_switches"):
-                total += int(line.split()[1])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended
+            for line in (task / "status").read_text().splitlines():
+                if line.startswith("voluntary_ctxt_switches"):
+                    total += int(line.split()[1])
     return total
 
 
