@@ -176,6 +176,11 @@ impl WriteLease {
         self.file.as_ref()
     }
 
+    /// True when something is entered at commit: the write is not in place only.
+    pub fn allocates(&self) -> bool {
+        self.pending.is_some()
+    }
+
     /// Enters the write. For [`Device::commit`] implementations only.
     pub fn finish(mut self) -> Result<()> {
         if let Some(mut pending) = self.pending.take() {

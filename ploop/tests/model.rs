@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -122,7 +123,30 @@ fn step(rng: &mut Rng, disk: &Disk, oracle: &mut [u8]) {
                 *o = *g;
             }
         }
-        _ => disk.flush().unwrap(),
+        _ => match rng.below(4) {
+            0 => disk.flush().unwrap(),
+            1 => disk.complete(u64::MAX, 3).unwrap(),
+            2 => disk.complete(rng.below(disk.parts().1 + 1), 9).unwrap(),
+            _ => give_up(rng, disk, at..at + len, oracle),
+        },
+    }
+}
+
+/// A write whose client vanishes after some of its bytes: each byte is the old one, or one of it.
+fn give_up(rng: &mut Rng, disk: &Disk, range: Range<u64>, oracle: &mut [u8]) {
+    let mut segments = Vec::new();
+    let lease = disk.prepare(range.clone(), &mut segments).unwrap();
+    for s in &segments {
+        let some = vec![0xEE; (rng.below(s.len) + 1) as usize];
+        lease.file().write_at(&some, s.file_offset).unwrap();
+    }
+    drop(lease);
+    let oracle = &mut oracle[range.start as usize..range.end as usize];
+    let mut got = vec![1; oracle.len()];
+    disk.read(range.start, &mut got).unwrap();
+    for (got, old) in got.iter().zip(oracle) {
+        assert!(got == old || *got == 0xEE, "neither old nor new: {got:#x}");
+        *old = *got;
     }
 }
 

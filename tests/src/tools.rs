@@ -25,6 +25,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-nbd", "qemu-utils"),
     ("setpriv", "util-linux"),
     ("sgdisk", "gdisk"),
+    ("valgrind", "valgrind"),
 ];
 
 /// A command for a required tool. Panics with the line that installs it when it is missing.

@@ -7,6 +7,7 @@ use super::write::{NewClusters, part};
 use super::{Stack, unmapped_run};
 use crate::device::{Pending, Segment, SegmentPlace, ZeroMode};
 use crate::error::{Error, Kind, Result};
+use crate::format::ploop::top::Found;
 
 /// Clusters looked at in one step: bounds the list of segments, whatever the range.
 pub(super) const STEP_CLUSTERS: u64 = 4096;
@@ -40,6 +41,10 @@ impl Stack {
                 self.erase_below(at..stop, how)?;
                 stop
             } else {
+                let cluster = at / self.cluster;
+                if top.find(cluster)? == Found::Part {
+                    self.complete_part(cluster, &part(&range, cluster, self.cluster))?;
+                }
                 self.erase_mapped(at..range.end, how)?
             };
         }
@@ -121,9 +126,10 @@ impl Stack {
         let top = self.top()?;
         top.before_change()?;
         let mut new = NewClusters::new(top);
-        if new.lock(cluster)?.is_some() {
-            // A writer mapped it since we looked; the lock is released again.
+        if new.lock(cluster)? != Found::Below {
+            // A writer came to it since we looked.
             drop(new);
+            self.complete_part(cluster, &covered)?;
             return self.erase_mapped(covered, how).map(|_| ());
         }
         let offset = new.allocate_one(cluster)?;
@@ -143,17 +149,23 @@ impl Stack {
         ];
         for cluster in ends {
             let covered = part(range, cluster, self.cluster);
-            if covered.start >= covered.end || self.top()?.lookup(cluster)?.is_some() {
+            if covered.start >= covered.end {
                 continue;
             }
-            let mut data = Vec::new();
-            self.clusters_with_data(&covered, &mut data)?;
-            let start = cluster * self.cluster;
-            let end = (start + self.cluster).min(self.size);
-            let mut rest = Vec::new();
-            self.clusters_with_data(&(start..covered.start), &mut rest)?;
-            self.clusters_with_data(&(covered.end..end), &mut rest)?;
-            if !data.is_empty() && !rest.is_empty() {
+            let whole = self.extent(cluster);
+            let copies = match self.top()?.find(cluster)? {
+                Found::At(_) => false,
+                Found::Part => covered != whole,
+                Found::Below => {
+                    let mut data = Vec::new();
+                    self.clusters_with_data(&covered, &mut data)?;
+                    let mut rest = Vec::new();
+                    self.clusters_with_data(&(whole.start..covered.start), &mut rest)?;
+                    self.clusters_with_data(&(covered.end..whole.end), &mut rest)?;
+                    !data.is_empty() && !rest.is_empty()
+                }
+            };
+            if copies {
                 return Err(Error::unsupported(format!(
                     "zeroing bytes {}..{} needs a copy of the cluster's rest",
                     covered.start, covered.end

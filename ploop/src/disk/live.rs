@@ -102,6 +102,8 @@ pub struct Barrier<'a> {
 #[derive(Debug)]
 pub struct Sealing {
     seal: Arc<Seal>,
+    /// The version whose top is the old one: what its clusters are completed from.
+    before: Arc<Stack>,
     new: Arc<Top>,
     done: bool,
 }
@@ -134,13 +136,11 @@ impl Disk {
 
     /// Puts `stack` in force. The caller is the only one who rearranges this disk.
     fn publish_stack(&self, stack: Stack) {
-        let new = Arc::new(stack);
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        let old = std::mem::replace(&mut *current, new);
+        // Who drains sees the version of before, or comes before this.
         let mut past = lock(&self.past);
+        let old = self.current.swap(Arc::new(stack));
         past.retain(|v| v.strong_count() > 0);
         past.push(Arc::downgrade(&old.alive));
-        drop(current);
     }
 
     /// Puts another chain under the top, which must read the same. Not between a barrier and its
@@ -206,6 +206,7 @@ impl Barrier<'_> {
         });
         Ok(Sealing {
             seal,
+            before: now,
             new,
             done: false,
         })
@@ -230,8 +231,11 @@ impl Barrier<'_> {
 }
 
 impl Sealing {
-    /// Makes what was the top durable and closes it. Blocks for its dirty data.
+    /// Completes what was the top, makes it durable and closes it. Blocks for its dirty data.
     pub fn seal(&self) -> Result<()> {
+        for cluster in self.seal.top.parts().older_than(u64::MAX) {
+            self.before.complete_part(cluster, &(0..0))?;
+        }
         self.seal.top.close()
     }
 

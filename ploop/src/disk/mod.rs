@@ -8,7 +8,8 @@
 //! | a cluster is | read | write | zero, discard |
 //! |---|---|---|---|
 //! | in the top | its file range | in place | punched where it is |
-//! | below only | the lower file's range | new cluster, completed from below | whole: new cluster, nothing written; part: completed from below (discard: left) |
+//! | in the top in part | each granule where it is | in place; the rest stays below | completed from below, then punched |
+//! | below only | the lower file's range | new cluster, this part of it ([`write`]) | whole: new cluster, nothing written; part: completed from below (discard: left) |
 //! | nowhere | a hole | new cluster, rest sparse | nothing to do |
 //!
 //! A stack is a *version*: it never changes, and whoever rearranges the layers ([`live`]) publishes
@@ -25,7 +26,9 @@ pub mod write;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, Weak};
+
+use arc_swap::ArcSwap;
 
 use crate::chain::{Chain, push_segment};
 use crate::device::{
@@ -33,7 +36,8 @@ use crate::device::{
     check_range,
 };
 use crate::error::{Error, Kind, Result};
-use crate::format::ploop::top::Top;
+use crate::format::ploop::parts::{GRANULE, Part};
+use crate::format::ploop::top::{Found, Top};
 use crate::gate::Gate;
 use crate::locks::DiskLock;
 use crate::store::StoreFile;
@@ -142,15 +146,46 @@ fn map_over(
             continue;
         }
         let stop = ((at / cluster + 1) * cluster).min(range.end);
-        // `unmapped_run` saw an entry here, and the entries of a top never go away.
-        if let Some(offset) = top.lookup(at / cluster)? {
-            let place = SegmentPlace::File {
-                layer,
-                offset: offset + at % cluster,
-            };
-            push_segment(out, at, stop - at, place);
+        match top.find(at / cluster)? {
+            Found::At(offset) => {
+                let offset = offset + at % cluster;
+                push_segment(out, at, stop - at, SegmentPlace::File { layer, offset });
+            }
+            Found::Part => match top.parts().get(at / cluster) {
+                Some(part) => map_part(&part, cluster, layer, at..stop, out, below)?,
+                // Completed since: look again.
+                None => continue,
+            },
+            // `unmapped_run` saw something here, and what a top has never goes away.
+            Found::Below => below(at..stop, out)?,
         }
         at = stop;
+    }
+    Ok(())
+}
+
+/// Appends the segments of `range`, in a cluster that is there in part.
+fn map_part(
+    part: &Part,
+    cluster: u64,
+    layer: u32,
+    range: Range<u64>,
+    out: &mut Vec<Segment>,
+    below: MapBelow<'_>,
+) -> Result<()> {
+    let start = range.start / cluster * cluster;
+    let last = (range.end - start).div_ceil(GRANULE);
+    let mut at = range.start;
+    while at < range.end {
+        let (here, end) = part.present.run((at - start) / GRANULE, last);
+        let end = (start + end * GRANULE).min(range.end);
+        if here {
+            let offset = part.offset + (at - start);
+            push_segment(out, at, end - at, SegmentPlace::File { layer, offset });
+        } else {
+            below(at..end, out)?;
+        }
+        at = end;
     }
     Ok(())
 }
@@ -162,7 +197,7 @@ fn unmapped_run(top: &Top, range: Range<u64>) -> Result<u64> {
     let mut at = range.start / cluster;
     loop {
         at = top.next_page_with_entries(at, end);
-        if at >= end || top.lookup(at)?.is_some() {
+        if at >= end || top.find(at)? != Found::Below {
             return Ok((at * cluster).clamp(range.start, range.end));
         }
         at += 1;
@@ -203,7 +238,7 @@ impl Layers for Stack {
 pub struct Disk {
     /// Every change passes it; a barrier closes it.
     gate: Arc<Gate>,
-    current: RwLock<Arc<Stack>>,
+    current: ArcSwap<Stack>,
     /// Versions that were current and that leases may still hold.
     past: Mutex<Vec<Weak<()>>>,
     /// Held by whoever rearranges the layers.
@@ -223,7 +258,7 @@ impl Disk {
             size: stack.size,
             cluster: stack.cluster,
             writable: stack.top.is_some(),
-            current: RwLock::new(Arc::new(stack)),
+            current: ArcSwap::from_pointee(stack),
             _lock: lock,
         }
     }
@@ -275,11 +310,7 @@ impl Disk {
 
     /// The version in force.
     pub(crate) fn stack(&self) -> Arc<Stack> {
-        // One pointer: it is whole after any panic.
-        self.current
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.current.load_full()
     }
 
     /// Erases step by step: a barrier waits for one step, however long the range is.
@@ -322,11 +353,39 @@ impl Disk {
         self.stack().path().to_path_buf()
     }
 
+    /// Clusters of the top that are not complete: how many, and the age that the next one gets.
+    pub fn parts(&self) -> (usize, u64) {
+        let top = self.stack().top.clone();
+        top.map_or((0, 0), |top| (top.parts().count(), top.parts().next_seq()))
+    }
+
+    /// Completes clusters of the top that were begun before age `before` ([`Disk::parts`]), the
+    /// lowest first, `limit` at most. Blocks for copies of them, and holds up nobody who does not
+    /// write to the one at hand. Not durable before a flush. A read-only disk has none.
+    pub fn complete(&self, before: u64, limit: usize) -> Result<()> {
+        let Some(top) = self.stack().top.clone() else {
+            return Ok(());
+        };
+        top.check_latch()?;
+        let clusters = top.parts().older_than(before);
+        for cluster in clusters.into_iter().take(limit) {
+            self.complete_cluster(cluster)?;
+        }
+        Ok(())
+    }
+
+    /// Completes one guest cluster, if it is there in part.
+    pub fn complete_cluster(&self, cluster: u64) -> Result<()> {
+        let _pass = self.gate.enter();
+        self.stack().complete_part(cluster, &(0..0))
+    }
+
     /// Closes the disk: flushes, gives unused space at the end of the top back, clears its in-use
     /// mark; all durable on return. The caller has stopped all requests. Fails, and leaves the mark,
     /// when an earlier failure latched the disk. Idempotent.
     pub fn close(&self) -> Result<()> {
         let stack = self.committed()?;
+        self.complete(u64::MAX, usize::MAX)?;
         stack.top.as_ref().map_or(Ok(()), |top| top.close())
     }
 }
@@ -376,6 +435,8 @@ impl Device for Disk {
     }
 
     fn flush(&self) -> Result<()> {
+        // Only complete clusters get an entry. What a barrier comes in between of, it completes.
+        self.complete(u64::MAX, usize::MAX)?;
         let stack = self.committed()?;
         stack.top.as_ref().map_or(Ok(()), |top| top.flush())
     }

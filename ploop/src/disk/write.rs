@@ -1,16 +1,21 @@
-//! Writing: in place, or into new clusters.
+//! Writing: in place, into new clusters, or into parts of them.
 //!
-//! A new cluster is locked (guest cluster, [`Top::busy`]) from the look at its entry to its commit
-//! or abort; it is completed from below before the caller writes its part, and no reader sees it
-//! before the commit. So a failure in the middle leaves the guest range as it was.
+//! A cluster that is not complete in the top is locked (guest cluster, [`Top::busy`]) from the look
+//! at its entry to its commit or abort, and no reader sees what is written before the commit. So a
+//! failure in the middle leaves the guest range as it was.
+//!
+//! A new cluster over data takes the bytes of the write, and those of the granules that it begins
+//! and ends in; the rest stays below until it is written or [`Stack::complete_part`] copies it. The
+//! room for it is taken from the host at once: completing must not fail for want of it.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::Stack;
 use crate::device::{Layers, Pending, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment};
-use crate::error::Result;
-use crate::format::ploop::top::Top;
+use crate::error::{Error, Kind, Result};
+use crate::format::ploop::parts::{GRANULE, Granules, PARTS_MAX, Part};
+use crate::format::ploop::top::{Found, Top};
 
 /// Bytes copied at a time when a cluster is completed from below. Small pieces on purpose: on ext4
 /// with large folios, data written in large ones is several times slower to overwrite later.
@@ -18,12 +23,22 @@ const COPY: usize = 64 * 1024;
 /// A copy leaves out blocks of this size that are all zeros.
 const BLOCK: usize = 4096;
 
-/// New clusters of one prepared write.
+/// A cluster that was allocated and not committed yet.
+#[derive(Debug)]
+struct New {
+    cluster: u64,
+    offset: u64,
+    /// Its granules after the commit, unless it is complete then.
+    present: Option<Granules>,
+}
+
+/// Clusters of one prepared write that are not complete in the top, all locked.
 #[derive(Debug)]
 pub(super) struct NewClusters {
     top: Arc<Top>,
-    /// (guest cluster, file offset), not yet committed.
-    entries: Vec<(u64, u64)>,
+    new: Vec<New>,
+    /// Granules of clusters that are in parts already.
+    more: Vec<(u64, Range<u64>)>,
     /// Guest clusters whose lock is held.
     locked: Vec<u64>,
 }
@@ -32,18 +47,19 @@ impl NewClusters {
     pub(super) fn new(top: &Arc<Top>) -> NewClusters {
         NewClusters {
             top: top.clone(),
-            entries: Vec::new(),
+            new: Vec::new(),
+            more: Vec::new(),
             locked: Vec::new(),
         }
     }
 
-    /// Locks a guest cluster and looks again: `Some` when another writer has mapped it meanwhile,
-    /// and then it is not kept locked.
-    pub(super) fn lock(&mut self, cluster: u64) -> Result<Option<u64>> {
+    /// Locks a guest cluster and looks again. One that another writer has completed meanwhile is not
+    /// kept locked.
+    pub(super) fn lock(&mut self, cluster: u64) -> Result<Found> {
         self.top.busy.acquire(cluster);
         self.locked.push(cluster);
-        let found = self.top.lookup(cluster)?;
-        if found.is_some() {
+        let found = self.top.find(cluster)?;
+        if matches!(found, Found::At(_)) {
             self.locked.pop();
             self.top.busy.release(cluster);
         }
@@ -58,7 +74,11 @@ impl NewClusters {
         while done < count {
             let (offset, n) = self.top.allocate(count - done)?;
             for i in 0..n {
-                self.entries.push((cluster + done + i, offset + i * bytes));
+                self.new.push(New {
+                    cluster: cluster + done + i,
+                    offset: offset + i * bytes,
+                    present: None,
+                });
             }
             done += n;
         }
@@ -67,25 +87,36 @@ impl NewClusters {
 
     /// Allocates for one locked guest cluster; gives its file offset.
     pub(super) fn allocate_one(&mut self, cluster: u64) -> Result<u64> {
-        self.top.make_room(cluster..cluster + 1)?;
-        let (offset, count) = self.top.allocate(1)?;
-        debug_assert_eq!(count, 1);
-        self.entries.push((cluster, offset));
-        Ok(offset)
+        self.allocate(cluster, 1)?;
+        // What was just pushed.
+        Ok(self.new.last().map_or(0, |n| n.offset))
     }
 
-    fn offset_of(&self, cluster: u64) -> Option<u64> {
-        let found = self.entries.binary_search_by_key(&cluster, |e| e.0).ok()?;
-        Some(self.entries[found].1)
+    fn new_mut(&mut self, cluster: u64) -> Option<&mut New> {
+        let found = self
+            .new
+            .binary_search_by_key(&cluster, |n| n.cluster)
+            .ok()?;
+        self.new.get_mut(found)
     }
 }
 
 impl Pending for NewClusters {
     fn commit(&mut self) -> Result<()> {
-        // From the back, so that what an error leaves in `entries` is given back by `drop`.
-        while let Some(&(cluster, offset)) = self.entries.last() {
-            self.top.commit(cluster, offset)?;
-            self.entries.pop();
+        while let Some((cluster, granules)) = self.more.last().cloned() {
+            self.top.fill_part(cluster, granules)?;
+            self.more.pop();
+        }
+        // From the back, so that what an error leaves is given back by `drop`.
+        while let Some(new) = self.new.last() {
+            match &new.present {
+                None => self.top.commit(new.cluster, new.offset)?,
+                Some(present) => {
+                    let part = Part::new(new.offset, present.clone());
+                    self.top.commit_part(new.cluster, part)?;
+                }
+            }
+            self.new.pop();
         }
         Ok(())
     }
@@ -93,8 +124,11 @@ impl Pending for NewClusters {
 
 impl Drop for NewClusters {
     fn drop(&mut self) {
-        for &(_, offset) in &self.entries {
-            self.top.give_back(offset, 1);
+        for new in &self.new {
+            self.top.give_back(new.offset, 1);
+        }
+        for (cluster, _) in &self.more {
+            self.top.soil_part(*cluster);
         }
         for &cluster in &self.locked {
             self.top.busy.release(cluster);
@@ -104,11 +138,11 @@ impl Drop for NewClusters {
 
 /// Gives `top` a guest cluster that it does not have: allocates, lets `fill` write to the file
 /// offset that it is given (what it leaves reads as zeros), and enters it. False when the image has
-/// the cluster already; then nothing is done. Not durable before a flush.
+/// the cluster, or a part of it, already; then nothing is done. Not durable before a flush.
 pub fn adopt(top: &Arc<Top>, cluster: u64, fill: impl FnOnce(u64) -> Result<()>) -> Result<bool> {
     top.before_change()?;
     let mut new = NewClusters::new(top);
-    if new.lock(cluster)?.is_some() {
+    if new.lock(cluster)? != Found::Below {
         return Ok(false);
     }
     let offset = new.allocate_one(cluster)?;
@@ -153,50 +187,192 @@ impl Stack {
         let mut new = NewClusters::new(top);
         let mut found = Vec::with_capacity((clusters.end - clusters.start) as usize);
         for cluster in clusters.clone() {
-            let offset = match top.lookup(cluster)? {
-                None => new.lock(cluster)?,
-                some => some,
-            };
-            found.push(offset);
+            found.push(match top.find(cluster)? {
+                Found::At(offset) => Found::At(offset),
+                Found::Below | Found::Part => new.lock(cluster)?,
+            });
         }
         let mut at = 0;
         while at < found.len() {
-            let run = found[at..].iter().take_while(|f| f.is_none()).count();
-            new.allocate(clusters.start + at as u64, run as u64)?;
+            let run = found[at..].iter().take_while(|f| **f == Found::Below);
+            let run = run.count();
+            if run > 0 {
+                new.allocate(clusters.start + at as u64, run as u64)?;
+            }
             at += run.max(1);
         }
-        for (cluster, offset) in clusters.zip(found) {
+        for (cluster, found) in clusters.zip(found) {
             let covered = part(range, cluster, bytes);
-            let offset = match offset {
-                Some(offset) => offset,
-                None => {
-                    // Every cluster that was not found was just allocated.
-                    let Some(offset) = new.offset_of(cluster) else {
-                        continue;
-                    };
-                    self.complete(cluster, offset, &covered)?;
-                    offset
-                }
+            let offset = match found {
+                Found::At(offset) => offset,
+                Found::Part => self.enlarge(&mut new, cluster, &covered)?,
+                Found::Below => self.begin(&mut new, cluster, &covered)?,
             };
             push(segments, offset, &covered, bytes);
         }
         Ok(WriteLease::allocating(top.file().clone(), Box::new(new)).telling(top.clone()))
     }
 
+    /// Prepares a cluster that was just allocated for a write to `covered`; gives its file offset.
+    fn begin(
+        self: &Arc<Self>,
+        clusters: &mut NewClusters,
+        cluster: u64,
+        covered: &Range<u64>,
+    ) -> Result<u64> {
+        let top = self.top()?;
+        let Some(new) = clusters.new_mut(cluster) else {
+            return Err(Error::new(Kind::Io, "a cluster was not allocated"));
+        };
+        let guest = self.extent(cluster);
+        if *covered == guest {
+            return Ok(new.offset);
+        }
+        if !self.cluster.is_multiple_of(GRANULE) {
+            self.complete(cluster, new.offset, covered)?;
+            return Ok(new.offset);
+        }
+        let mut below = Vec::new();
+        self.map_below(guest.clone(), &mut below)?;
+        let mut present = Granules::none(self.cluster / GRANULE);
+        let inside = |range: Range<u64>| range.start - guest.start..range.end - guest.start;
+        // Bytes past the end of the disk, and granules without data, are there already.
+        present.set((guest.end - guest.start).div_ceil(GRANULE)..self.cluster / GRANULE);
+        for s in below.iter().filter(|s| s.place == SegmentPlace::Hole) {
+            let hole = inside(s.offset..s.offset + s.len);
+            let end = match s.offset + s.len == guest.end {
+                true => hole.end.div_ceil(GRANULE),
+                false => hole.end / GRANULE,
+            };
+            present.set(hole.start.div_ceil(GRANULE)..end);
+        }
+        let ends = self.fill_ends(covered, new.offset, &present)?;
+        present.set(ends);
+        if present.full() {
+            return Ok(new.offset);
+        }
+        if top.parts().count() >= PARTS_MAX {
+            for missing in present.missing() {
+                self.fill(&guest, missing, new.offset)?;
+            }
+            return Ok(new.offset);
+        }
+        for missing in present.missing() {
+            let len = (missing.end - missing.start) * GRANULE;
+            top.file()
+                .reserve(new.offset + missing.start * GRANULE, len)?;
+        }
+        new.present = Some(present);
+        Ok(new.offset)
+    }
+
+    /// Prepares a cluster that is there in part for a write to `covered`; gives its file offset.
+    fn enlarge(
+        self: &Arc<Self>,
+        clusters: &mut NewClusters,
+        cluster: u64,
+        covered: &Range<u64>,
+    ) -> Result<u64> {
+        // The lock is held: it stays a part, and as it is.
+        let Some(part) = self.top()?.parts().get(cluster) else {
+            return Err(Error::new(Kind::Io, "a part of a cluster is gone"));
+        };
+        clusters.more.push((cluster, 0..0));
+        let granules = self.fill_ends(covered, part.offset, &part.present)?;
+        if let Some(last) = clusters.more.last_mut() {
+            last.1 = granules;
+        }
+        Ok(part.offset)
+    }
+
+    /// Copies what a write to `covered` leaves of the granules that it begins and ends in, unless
+    /// they are `present`; returns the granules that are there after the write.
+    fn fill_ends(
+        self: &Arc<Self>,
+        covered: &Range<u64>,
+        offset: u64,
+        present: &Granules,
+    ) -> Result<Range<u64>> {
+        let guest = self.extent(covered.start / self.cluster);
+        let first = (covered.start - guest.start) / GRANULE;
+        let last = (covered.end - 1 - guest.start) / GRANULE;
+        let head = guest.start + first * GRANULE..covered.start;
+        let tail = covered.end..(guest.start + (last + 1) * GRANULE).min(guest.end);
+        for (granule, rest) in [(first, head), (last, tail)] {
+            if rest.start < rest.end && !present.has(granule) {
+                let at = offset + (rest.start - guest.start);
+                write_below(self, self.top()?, rest, at)?;
+            }
+        }
+        Ok(first..last + 1)
+    }
+
+    /// Copies granules of the cluster at `guest` from below.
+    fn fill(self: &Arc<Self>, guest: &Range<u64>, granules: Range<u64>, offset: u64) -> Result<()> {
+        let start = guest.start + granules.start * GRANULE;
+        let end = (guest.start + granules.end * GRANULE).min(guest.end);
+        copy_below(
+            self,
+            self.top()?,
+            start..end,
+            offset + granules.start * GRANULE,
+        )
+    }
+
+    /// The guest bytes of a cluster.
+    pub(super) fn extent(&self, cluster: u64) -> Range<u64> {
+        let start = cluster * self.cluster;
+        start..(start + self.cluster).min(self.size)
+    }
+
+    /// Copies what is missing of a cluster that is there in part, `except` whole granules of a range
+    /// that is to be zeroed; enters it. Nothing to do for any other cluster.
+    pub(super) fn complete_part(self: &Arc<Self>, cluster: u64, except: &Range<u64>) -> Result<()> {
+        let top = self.top()?;
+        let mut held = NewClusters::new(top);
+        if held.lock(cluster)? != Found::Part {
+            return Ok(());
+        }
+        let Some(part) = top.parts().get(cluster) else {
+            return Ok(());
+        };
+        top.check_latch()?;
+        let guest = self.extent(cluster);
+        let mut present = part.present.clone();
+        if except.start < except.end {
+            let (start, end) = (except.start.max(guest.start), except.end.min(guest.end));
+            let last = match end == guest.end {
+                true => (end - guest.start).div_ceil(GRANULE),
+                false => (end - guest.start) / GRANULE,
+            };
+            present.set((start - guest.start).div_ceil(GRANULE)..last);
+        }
+        if part.soiled {
+            for missing in part.present.missing() {
+                let len = (missing.end - missing.start) * GRANULE;
+                top.file()
+                    .punch(part.offset + missing.start * GRANULE, len)?;
+            }
+        }
+        for missing in present.missing() {
+            self.fill(&guest, missing, part.offset)?;
+        }
+        top.finish_part(cluster, part.offset)
+    }
+
     /// Copies what lies below a new cluster into it, except for the part that is `covered` by the
-    /// write to come. The cluster reads as zeros before.
+    /// change to come. The cluster reads as zeros before.
     pub(super) fn complete(
         self: &Arc<Self>,
         cluster: u64,
         offset: u64,
         covered: &Range<u64>,
     ) -> Result<()> {
-        let start = cluster * self.cluster;
-        let end = (start + self.cluster).min(self.size);
+        let guest = self.extent(cluster);
         let top = self.top()?;
-        for rest in [start..covered.start, covered.end..end] {
+        for rest in [guest.start..covered.start, covered.end..guest.end] {
             if rest.start < rest.end {
-                copy_below(self, top, rest.clone(), offset + (rest.start - start))?;
+                copy_below(self, top, rest.clone(), offset + (rest.start - guest.start))?;
             }
         }
         Ok(())
@@ -227,6 +403,20 @@ fn copy_below(stack: &Arc<Stack>, top: &Top, range: Range<u64>, file_offset: u64
         )?;
     }
     Ok(())
+}
+
+/// Writes the bytes below of a piece of a granule, zeros too: what is there may be anything.
+fn write_below(stack: &Arc<Stack>, top: &Top, range: Range<u64>, file_offset: u64) -> Result<()> {
+    let mut segments = Vec::new();
+    stack.map_below(range.clone(), &mut segments)?;
+    let lease = ReadLease::new(stack.clone() as Arc<dyn Layers>);
+    let mut buf = [0; GRANULE as usize];
+    let buf = &mut buf[..(range.end - range.start) as usize];
+    for s in &segments {
+        let at = (s.offset - range.start) as usize;
+        lease.read(s, 0, &mut buf[at..at + s.len as usize])?;
+    }
+    top.file().write_at(buf, file_offset)
 }
 
 fn copy_segment(

@@ -278,7 +278,12 @@ impl Context {
                 Where::Top => disk.inside(copy),
                 _ => copy(),
             };
-            if done? {
+            if !done? {
+                // A client came first; what it left below is what is being moved away.
+                if self.at == Where::Top {
+                    disk.complete_cluster(k)?;
+                }
+            } else {
                 let places = runs.iter().filter_map(|r| match r.place {
                     At::File(at) => Some((at, r.len)),
                     _ => None,

@@ -426,7 +426,7 @@ impl Shared {
         let n = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let due = |every: u64| every > 0 && n.is_multiple_of(every);
         if due(self.clients.write_every) {
-            drop(self.write());
+            self.write_beside();
         }
         if due(self.clients.flush_every) && !self.flushing.swap(true, Ordering::SeqCst) {
             let (shared, flushing) = (self.clone(), self.flushing.clone());
@@ -465,13 +465,31 @@ impl Shared {
     }
 
     fn write(&self) -> Result<()> {
-        let (k, sector) = {
-            let mut rng = self.rng.lock().unwrap();
-            let clusters = self.scene.sectors / CLUSTER_SECTORS;
-            let at = rng.below(clusters) * CLUSTER_SECTORS + rng.below(8) * 7;
-            (rng.below(self.scene.plan.disks as u64) as usize, at)
-        };
+        let (k, sector) = self.draw();
         self.write_at(k, sector, 2)
+    }
+
+    /// The same, in the middle of a call of the operation: a write to the cluster that it is at work
+    /// on waits for it, on a thread of its own.
+    fn write_beside(self: &Arc<Shared>) {
+        let (k, sector) = self.draw();
+        let disk = self.disks.lock().unwrap().get(k).cloned();
+        let top = disk.and_then(|disk| disk.top().ok());
+        if top.is_some_and(|top| top.busy.is_held(sector / CLUSTER_SECTORS)) {
+            let shared = self.clone();
+            let thread = std::thread::spawn(move || drop(shared.write_at(k, sector, 2)));
+            self.flushers.lock().unwrap().push(thread);
+        } else {
+            drop(self.write_at(k, sector, 2));
+        }
+    }
+
+    /// A disk and a sector of it.
+    fn draw(&self) -> (usize, u64) {
+        let mut rng = self.rng.lock().unwrap();
+        let clusters = self.scene.sectors / CLUSTER_SECTORS;
+        let at = rng.below(clusters) * CLUSTER_SECTORS + rng.below(8) * 7;
+        (rng.below(self.scene.plan.disks as u64) as usize, at)
     }
 
     fn write_at(&self, k: usize, sector: u64, count: u64) -> Result<()> {

@@ -24,6 +24,8 @@ pub enum Step {
     ZeroKeep(u64, u64),
     /// A discard.
     Discard(u64, u64),
+    /// Clusters that were written in part are completed, so many at most.
+    Complete(usize),
     /// A flush.
     Flush,
     /// A clean close; the next step opens the disk again.
@@ -61,7 +63,8 @@ pub fn seeded(seed: u64, count: usize, clusters: u64) -> Vec<Step> {
             9..=10 => Step::Zero(at, len),
             11 => Step::ZeroKeep(at, len),
             12..=13 => Step::Discard(at, len),
-            14..=17 => Step::Flush,
+            14 => Step::Complete(1 + at as usize % 3),
+            15..=17 => Step::Flush,
             18 => Step::Close,
             _ => Step::Kill,
         }
@@ -74,7 +77,7 @@ pub const STORY_CLUSTERS: u64 = 24;
 
 /// Short runs whose states can nearly all be tried. Each is a story; together they use every sync.
 pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
-    use Step::{Close, Discard, Flush, Fua, Kill, Write, Zero, ZeroKeep};
+    use Step::{Close, Complete, Discard, Flush, Fua, Kill, Write, Zero, ZeroKeep};
     let c = CLUSTER_SECTORS;
     vec![
         ("write, close", vec![Write(4 * c + 1, 2), Close]),
@@ -106,6 +109,39 @@ pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
         (
             "part of a cluster zeroed over data",
             vec![ZeroKeep(2 * c + 30, 2), Flush, Close],
+        ),
+        (
+            "a part over data, and more of it behind a flush",
+            vec![
+                Write(2 * c + 9, 1),
+                Write(2 * c + 40, 3),
+                Flush,
+                Write(2 * c + 60, 1),
+            ],
+        ),
+        (
+            "a part over data, completed, written on",
+            vec![Write(c + 9, 1), Complete(9), Write(c + 20, 1), Flush, Close],
+        ),
+        (
+            "a part over data, zeroed across its end",
+            vec![
+                Write(c + 9, 1),
+                Zero(c + 10, 20),
+                Flush,
+                Discard(c, c),
+                Close,
+            ],
+        ),
+        (
+            "parts over data, killed, closed",
+            vec![
+                Write(9, 1),
+                Write(c + 9, 1),
+                Kill,
+                Write(2 * c + 9, 1),
+                Close,
+            ],
         ),
         (
             "discard, then flush",
@@ -193,6 +229,7 @@ impl<'a> Runner<'a> {
         match step {
             Step::Kill => return self.kill(),
             Step::Close => return self.close(),
+            Step::Complete(limit) => return self.disk()?.complete(u64::MAX, *limit),
             _ => {}
         }
         let disk = self.disk()?;

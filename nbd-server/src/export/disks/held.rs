@@ -1,12 +1,23 @@
 //! What is held: an open disk closes itself, a name becomes free, a door opens, when the last user
 //! lets go.
 
+use std::sync::atomic::Ordering;
+
 use super::*;
 
 impl OpenDisk {
     /// The disk.
     pub fn disk(&self) -> &Disk {
         &self.disk
+    }
+
+    pub(super) fn unwatch(&self) {
+        self.watched.store(false, Ordering::SeqCst);
+    }
+
+    /// True when nobody else did.
+    pub(super) fn watch_again(&self) -> bool {
+        !self.watched.swap(true, Ordering::SeqCst)
     }
 }
 
@@ -66,7 +77,16 @@ impl Device for OpenDisk {
     }
 
     fn commit(&self, lease: WriteLease) -> Result<()> {
-        self.disk.commit(lease)
+        let allocates = lease.allocates();
+        self.disk.commit(lease)?;
+        if allocates
+            && !self.watched.load(Ordering::SeqCst)
+            && self.disk.parts().0 > 0
+            && self.watch_again()
+        {
+            self.freed.table.completer.watch(self.me.clone());
+        }
+        Ok(())
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {

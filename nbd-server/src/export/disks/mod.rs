@@ -15,12 +15,14 @@
 //! Operations on a container use the same open disk as its clients ([`Disks::live`]), or close its
 //! [`Door`] and have it for themselves.
 
+mod completer;
 mod held;
 
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -34,6 +36,7 @@ use snapshots::place::Place;
 use snapshots::{Root, template};
 
 use crate::export::{ExportInfo, Exports, OpenExport};
+use completer::Completer;
 
 /// What stands before a template's name.
 pub const TEMPLATE: &str = "template:";
@@ -84,6 +87,7 @@ impl fmt::Debug for Disks {
 struct Table {
     state: Mutex<Names>,
     changed: Condvar,
+    completer: Arc<Completer>,
 }
 
 #[derive(Debug, Default)]
@@ -107,6 +111,9 @@ pub struct OpenDisk {
     /// Dropped before `freed`: the name is free when the disk's locks are.
     disk: Disk,
     freed: Freed,
+    me: Weak<OpenDisk>,
+    /// The completer looks after it.
+    watched: AtomicBool,
 }
 
 /// Frees a name when dropped.
@@ -387,7 +394,12 @@ impl Disks {
         keep_reserve()?;
         let disk = self.opener().open(&meant.source, &meant.options);
         let disk = disk.map_err(explain_limit)?;
-        let open = Arc::new(OpenDisk { disk, freed });
+        let open = Arc::new_cyclic(|me| OpenDisk {
+            disk,
+            freed,
+            me: me.clone(),
+            watched: AtomicBool::new(false),
+        });
         {
             let mut names = self.table.lock();
             if let Some(entry) = names.open.get_mut(&meant.key).filter(|e| e.id == meant.id) {

@@ -1,5 +1,5 @@
-//! The lock on a cluster: writers that allocate the same guest cluster go one after the other;
-//! nobody else waits. A cluster is locked from the look at its entry until the entry is set.
+//! The lock on a cluster: who allocates, fills or completes the same guest cluster goes one after the
+//! other; nobody else waits. A cluster is locked from the look at its entry until the entry is set.
 
 use std::collections::HashSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -41,6 +41,11 @@ impl Busy {
                 .wait(held)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// True while somebody has `cluster`.
+    pub fn is_held(&self, cluster: u64) -> bool {
+        self.shard(cluster).lock().contains(&cluster)
     }
 
     /// Gives a cluster back to those who wait for it.

@@ -3,6 +3,7 @@
 //! * [`header`]: the 64 bytes, unchecked and checked.
 //! * [`delta`]: an image as a read-only layer.
 //! * [`top`]: the one writable image of a disk: allocation, flush, mark.
+//! * [`parts`]: its clusters that are not complete yet.
 //! * [`create()`]: a new empty image.
 
 pub mod alloc;
@@ -13,6 +14,7 @@ pub mod extension;
 pub mod flush;
 pub mod header;
 mod merging;
+pub mod parts;
 pub mod top;
 
 pub use create::{create, create_unsynced};

@@ -7,7 +7,7 @@
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | | cut the file behind the last cluster in use | no |
 //! | write, new cluster | room for the entry; grow the file, complete, write data | no |
-//! | commit | the entry, in memory | – |
+//! | commit | the entry, in memory; of a cluster that is not complete, its granules ([`super::parts`]) | – |
 //! | flush | data (and length) of every committed cluster | yes |
 //! | | the BAT entries of those clusters, and of no others | yes |
 //! | close | flush; cut the file behind the last cluster in use | yes |
@@ -28,6 +28,7 @@ use super::busy::Busy;
 use super::extension;
 use super::flush::FlushGate;
 use super::header::{FLAG_EMPTY, Header, IN_USE_CLOSED, IN_USE_DIRTY, Version};
+use super::parts::{Part, Parts};
 use crate::error::{Error, Kind, Result};
 use crate::paged::Paged;
 use crate::store::{StoreFile, read_exact};
@@ -40,7 +41,22 @@ const BLOCK: u64 = 4096;
 /// The most bytes of BAT written in one call.
 const BAT_WRITE_MAX: usize = 16 * 1024;
 
+/// Stands in the map, never on disk, for a cluster that is not complete. No entry is this: a v1 one
+/// is a multiple of the cluster, and a v2 one would need a longer file than [`Top::open`] takes.
+const PART: u32 = u32::MAX;
+
 type Page = Box<[AtomicU32]>;
+
+/// What an image knows of a guest cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing: its bytes are below.
+    Below,
+    /// Some of its bytes ([`Top::parts`]).
+    Part,
+    /// All of them, from this byte of the file on.
+    At(u64),
+}
 
 /// The writable image. All methods may be called from many threads.
 #[derive(Debug)]
@@ -53,6 +69,8 @@ pub struct Top {
     alloc: Mutex<Alloc>,
     /// Clusters being allocated.
     pub busy: Busy,
+    /// Clusters that are not complete.
+    parts: Parts,
     /// Slots committed since the last flush took them.
     pending: Mutex<Vec<u32>>,
     /// Blocks of the BAT that have room on the host.
@@ -91,6 +109,7 @@ impl Top {
             stored,
             alloc: Mutex::new(alloc),
             busy: Busy::default(),
+            parts: Parts::default(),
             pending: Mutex::default(),
             roomy: Mutex::default(),
             gate: FlushGate::default(),
@@ -111,6 +130,7 @@ impl Top {
             stored: vec![0u64; pages.div_ceil(64) as usize].into_boxed_slice(),
             alloc: Mutex::new(Alloc::new(header, &Used::default())),
             busy: Busy::default(),
+            parts: Parts::default(),
             pending: Mutex::default(),
             roomy: Mutex::default(),
             gate: FlushGate::default(),
@@ -133,13 +153,31 @@ impl Top {
         &self.header
     }
 
-    /// The file offset of a guest cluster; `None` when this image does not have it.
-    pub fn lookup(&self, cluster: u64) -> Result<Option<u64>> {
+    /// What this image has of a guest cluster.
+    pub fn find(&self, cluster: u64) -> Result<Found> {
         let Some(page) = self.page(cluster / PAGE)? else {
-            return Ok(None);
+            return Ok(Found::Below);
         };
-        let entry = page[(cluster % PAGE) as usize].load(Ordering::Acquire);
-        Ok((entry != 0).then(|| self.header.entry_offset(entry)))
+        Ok(
+            match page[(cluster % PAGE) as usize].load(Ordering::Acquire) {
+                0 => Found::Below,
+                PART => Found::Part,
+                entry => Found::At(self.header.entry_offset(entry)),
+            },
+        )
+    }
+
+    /// The file offset of a guest cluster; `None` when this image does not have all of it.
+    pub fn lookup(&self, cluster: u64) -> Result<Option<u64>> {
+        Ok(match self.find(cluster)? {
+            Found::At(offset) => Some(offset),
+            Found::Below | Found::Part => None,
+        })
+    }
+
+    /// The clusters that are not complete.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     /// The next cluster at or after `from` and before `end` that this image may have. Skips whole
@@ -306,6 +344,44 @@ impl Top {
         Ok(())
     }
 
+    /// Enters a cluster whose bytes are written in part: what is not `present` is read from below.
+    /// The caller holds [`Top::busy`] for it.
+    pub fn commit_part(&self, cluster: u64, part: Part) -> Result<()> {
+        let page = self.load(cluster / PAGE)?;
+        self.parts.insert(cluster, part);
+        page[(cluster % PAGE) as usize].store(PART, Ordering::Release);
+        self.wrote();
+        Ok(())
+    }
+
+    /// Enters more written granules of a part; the last ones complete the cluster. The caller holds
+    /// [`Top::busy`] for it.
+    pub fn fill_part(&self, cluster: u64, granules: Range<u64>) -> Result<()> {
+        let full = self.parts.change(cluster, |part| {
+            part.present.set(granules);
+            part.present.full().then_some(part.offset)
+        });
+        self.wrote();
+        match full {
+            Some(Some(offset)) => self.finish_part(cluster, offset),
+            _ => Ok(()),
+        }
+    }
+
+    /// Enters a cluster that was a part and whose bytes are all written. The caller holds
+    /// [`Top::busy`] for it.
+    pub fn finish_part(&self, cluster: u64, offset: u64) -> Result<()> {
+        // In this order: who finds the mark and no part looks again, and finds the entry.
+        self.commit(cluster, offset)?;
+        self.parts.remove(cluster);
+        Ok(())
+    }
+
+    /// A write to a part was given up: what it may have left is no data.
+    pub fn soil_part(&self, cluster: u64) {
+        self.parts.change(cluster, |part| part.soiled = true);
+    }
+
     /// Notes that bytes of the file changed and the next flush must sync.
     pub fn wrote(&self) {
         self.unsynced.store(true, Ordering::Release);
@@ -367,9 +443,14 @@ impl Top {
 
     /// Closes the image: flush, cut the file behind the last cluster in use, sync, clear the mark,
     /// sync. An image that was never changed is not touched, and one that latched stays marked.
+    /// Its clusters are complete, or it fails.
     pub fn close(&self) -> Result<()> {
         let _one = lock(&self.mark);
         self.gate.check()?;
+        if self.parts.count() > 0 {
+            let what = format!("{} clusters are not complete", self.parts.count());
+            return Err(Error::new(Kind::Io, what).on(self.file.path()));
+        }
         if !self.marked.load(Ordering::Acquire) {
             // A mark found at open and proven harmless is ours to clear, and so is half a mark.
             if !self.unclean.load(Ordering::Acquire) {
@@ -407,6 +488,10 @@ fn refuse_unwritable(file: &dyn StoreFile, scan: &ImageScan) -> Result<()> {
         )
     };
     super::delta::refuse_converting(file, h)?;
+    if h.version == Version::V2 && scan.file_len / h.cluster_bytes() >= u64::from(PART) {
+        let what = "a file of 2^32 clusters and more can be read only";
+        return Err(Error::unsupported(what).on(file.path()));
+    }
     if let Some(f) = scan
         .findings
         .iter()
