@@ -159,7 +159,13 @@ mod tests {
         let all = Arc::new(Barrier::new(THREADS + 1));
         for _ in 0..THREADS {
             let all = all.clone();
-            assert!(pool.hands().run(Box::new(move || drop(all.wait()))).is_ok());
+            assert!(
+                pool.hands()
+                    .run(Box::new(move || {
+                        all.wait();
+                    }))
+                    .is_ok()
+            );
         }
         let (late, done) = mpsc::channel();
         assert!(

@@ -408,3 +408,7 @@ impl StoreFile for RealFile {
         Ok(i32::from(lock.l_type) != libc::F_UNLCK)
     }
 }
+
+#[cfg(test)]
+#[path = "real_tests.rs"]
+mod tests;

@@ -402,7 +402,7 @@ mod tests {
             ring.begin(reading(token)).unwrap();
         }
         assert_eq!(ring.begin(reading(500)).unwrap_err().token, 500);
-        let mut seen = vec![false; DEPTH];
+        let mut seen = [false; DEPTH];
         for _ in 0..DEPTH {
             let (done, result) = wait(&mut ring);
             result.unwrap();
