@@ -233,10 +233,10 @@ fn a_client_that_takes_no_answers_holds_no_lease() {
             let rig = Rig::new(engine);
             let mood = &rig.device.mood;
             mood.rings.store(rings, SeqCst);
-            *mood.cold.lock().unwrap() = vec![0..SIZE / 2];
+            mood.cold.lock().unwrap().push(0..SIZE / 2);
             let mut client = rig.connect();
             for i in 0..200 {
-                client.read(i % 16 << 20, 1 << 20);
+                client.read((i % 16) << 20, 1 << 20);
             }
             client.send();
             let full = |seen: usize| {
