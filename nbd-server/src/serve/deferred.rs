@@ -16,20 +16,21 @@
 //!
 //! Dropping this waits for what is at work, and forgets what has not begun.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use ploop::device::{ReadLease, Segment};
 use ploop::store::ring::{Reading, Ring};
 
-use super::mailbox::{Came, Mailbox};
+use super::jobs::{Answer, Job, ReadJob};
+use super::line::Line;
+use super::mailbox::Came;
 use super::plane::{EngineKind, Plane};
-use super::pool::Hands;
-use super::read::{Ask, Planned, Stop, Waiting};
-use super::work::{Scratch, Site};
+use super::read::Ask;
+use super::work::Site;
 use crate::session::Output;
 use crate::session::transmission::Command;
 
@@ -40,143 +41,6 @@ pub(super) const REQUESTS: usize = 128;
 /// Bytes of them. One more request is taken below the bound, so a connection has at most this and
 /// the longest READ in flight: enough for sixteen of 1 MiB.
 pub(super) const BYTES: u64 = 16 << 20;
-
-/// Those of one connection that are at the pool at once; a quarter of its threads.
-pub(super) const AT_POOL: usize = 16;
-
-/// Something for the pool.
-#[derive(Debug)]
-enum Job {
-    Read(ReadJob),
-    Command(Command),
-}
-
-/// One piece of a READ.
-#[derive(Debug)]
-struct ReadJob {
-    ask: Ask,
-    piece: Range<u64>,
-    /// None when the ring has it.
-    lease: Option<ReadLease>,
-    segments: Vec<Segment>,
-}
-
-/// What became of a request.
-#[derive(Debug)]
-pub(super) struct Answer {
-    /// What is to be sent.
-    pub(super) out: Output,
-    /// A READ that goes on from there.
-    pub(super) more: Option<(Ask, u64)>,
-    /// The bytes that it was counted with.
-    bytes: u64,
-}
-
-/// What the pool says: `None` for work that panicked.
-type Word = Option<Answer>;
-
-/// What one connection has at the pool. Its work queues up for a thread once for each job, behind
-/// that of others.
-#[derive(Debug)]
-struct Line {
-    mailbox: Mailbox<Word>,
-    jobs: Mutex<Jobs>,
-    /// No more work is at the pool.
-    idle: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Jobs {
-    queue: VecDeque<Job>,
-    /// Places at the pool that are taken; at most [`AT_POOL`].
-    places: usize,
-}
-
-impl Line {
-    fn new() -> io::Result<Line> {
-        Ok(Line {
-            mailbox: Mailbox::new()?,
-            jobs: Mutex::default(),
-            idle: Condvar::new(),
-        })
-    }
-
-    fn jobs(&self) -> MutexGuard<'_, Jobs> {
-        // Nothing panics while it is held.
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One place at the pool. Given back when dropped; what it holds of the device goes before.
-struct Place {
-    line: Arc<Line>,
-    site: Option<Arc<Site>>,
-    hands: Hands,
-    /// It was given back.
-    left: bool,
-}
-
-impl Place {
-    /// Does one job, then queues up for the next.
-    fn work(mut self) {
-        let (Some(site), Some(job)) = (self.site.clone(), self.next()) else {
-            return;
-        };
-        let mut ticket = Ticket(self.line.clone(), None);
-        ticket.1 = Some(job.execute(&site));
-        drop(site);
-        drop(ticket);
-        let hands = self.hands.clone();
-        if !self.is_over()
-            && let Err(work) = hands.run(Box::new(move || self.work()))
-        {
-            work();
-        }
-    }
-
-    /// The next job. Without one the place is given back in the same instant: a job that comes then
-    /// finds it free.
-    fn next(&mut self) -> Option<Job> {
-        let mut jobs = self.line.jobs();
-        let job = jobs.queue.pop_front();
-        if job.is_none() {
-            (self.site, self.left) = (None, true);
-            jobs.places -= 1;
-            self.line.idle.notify_all();
-        }
-        job
-    }
-
-    /// True, and the place given back, when there is no further job.
-    fn is_over(&mut self) -> bool {
-        let mut jobs = self.line.jobs();
-        if jobs.queue.is_empty() {
-            (self.site, self.left) = (None, true);
-            jobs.places -= 1;
-            self.line.idle.notify_all();
-        }
-        self.left
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if !self.left {
-            self.site = None;
-            self.line.jobs().places -= 1;
-            self.line.idle.notify_all();
-        }
-    }
-}
-
-/// Tells the connection, whatever becomes of the work.
-struct Ticket(Arc<Line>, Word);
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.0.mailbox.post(self.1.take());
-    }
-}
 
 /// See the module text.
 #[derive(Debug)]
@@ -194,75 +58,6 @@ pub(super) struct Deferred {
     landed: Vec<Answer>,
     count: usize,
     bytes: u64,
-}
-
-impl ReadJob {
-    fn bytes(&self) -> u64 {
-        self.piece.end - self.piece.start
-    }
-
-    /// The answer when `out` holds all of the piece.
-    fn answer(self, out: Output) -> Answer {
-        let (bytes, at) = (self.bytes(), self.piece.end);
-        Answer {
-            out,
-            more: (at < self.ask.range.end).then_some((self.ask, at)),
-            bytes,
-        }
-    }
-
-    /// Reads the piece on this thread.
-    fn read(mut self) -> Answer {
-        let (mut out, mut hole) = (Output::new(), 0..0);
-        let Some(lease) = self.lease.take() else {
-            return self.answer(out);
-        };
-        let ask = &self.ask;
-        let put = ask.put(&lease, &self.segments, &mut Waiting, &mut hole, &mut out);
-        drop(lease);
-        ask.end_hole(&mut hole, &mut out);
-        match put {
-            Ok(()) | Err(Stop::NotNow) => self.answer(out),
-            Err(Stop::Failed(e, at)) => {
-                ask.fail(&e, at, &mut out);
-                Answer {
-                    bytes: self.bytes(),
-                    more: None,
-                    out,
-                }
-            }
-        }
-    }
-
-    /// The answer as it will be, with the bytes missing that are to be read; `None` when it is not
-    /// that simple.
-    fn plan(&self, lease: &ReadLease) -> Option<(Output, Planned)> {
-        let (mut out, mut hole, mut plan) = (Output::new(), 0..0, Planned::default());
-        let put = self
-            .ask
-            .put(lease, &self.segments, &mut plan, &mut hole, &mut out);
-        put.is_ok().then(|| {
-            self.ask.end_hole(&mut hole, &mut out);
-            (out, plan)
-        })
-    }
-}
-
-impl Job {
-    fn execute(self, site: &Site) -> Answer {
-        match self {
-            Job::Read(job) => job.read(),
-            Job::Command(command) => {
-                let mut out = Output::new();
-                site.perform(&command, &mut Scratch::default(), &mut out);
-                Answer {
-                    out,
-                    more: None,
-                    bytes: 0,
-                }
-            }
-        }
-    }
 }
 
 impl Deferred {
@@ -354,24 +149,8 @@ impl Deferred {
     }
 
     fn to_pool(&self, job: Job) {
-        let Some(line) = &self.line else { return };
-        let mut jobs = line.jobs();
-        jobs.queue.push_back(job);
-        if jobs.places == AT_POOL {
-            return;
-        }
-        jobs.places += 1;
-        drop(jobs);
-        let hands = self.plane.pool.hands();
-        let place = Place {
-            line: line.clone(),
-            site: Some(self.site.clone()),
-            hands: hands.clone(),
-            left: false,
-        };
-        // Without a thread it is done here, and held up is who would have gone ahead.
-        if let Err(work) = hands.run(Box::new(move || place.work())) {
-            work();
+        if let Some(line) = &self.line {
+            line.add(job, &self.site, self.plane.pool.hands());
         }
     }
 
@@ -508,12 +287,7 @@ impl Deferred {
 impl Drop for Deferred {
     fn drop(&mut self) {
         if let Some(line) = &self.line {
-            let forgotten = std::mem::take(&mut line.jobs().queue);
-            drop(forgotten);
-            let mut jobs = line.jobs();
-            while jobs.places > 0 {
-                jobs = line.idle.wait(jobs).unwrap_or_else(PoisonError::into_inner);
-            }
+            line.end();
         }
         // Waits for the kernel.
         self.ring = None;

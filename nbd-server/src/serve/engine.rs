@@ -27,7 +27,8 @@ use std::sync::Arc;
 
 use ploop::device::{Device, ReadLease};
 
-use super::deferred::{Answer, Deferred};
+use super::deferred::Deferred;
+use super::jobs::Answer;
 use super::mailbox::Came;
 use super::plane::{EngineKind, Plane};
 use super::read::{self, Ask, Now, Stop, Waiting};

@@ -18,6 +18,8 @@ pub mod engine;
 mod greet;
 mod hall;
 mod input;
+mod jobs;
+mod line;
 pub(crate) mod listen;
 mod mailbox;
 pub mod plane;

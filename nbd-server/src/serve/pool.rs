@@ -1,7 +1,7 @@
 //! A few threads for work that waits for the disk where no ring can.
 //!
 //! Threads come with the work, at most [`THREADS`], and go after [`IDLE`] without any. What one
-//! connection may have here at once is bounded by [`super::deferred`], so none takes all of them.
+//! connection may have here at once is bounded by [`super::line`], so none takes all of them.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Threads of one server at most. They wait for disks, not for a processor: enough for several
-/// connections with [`super::deferred::AT_POOL`] each, few enough to cost nothing that counts.
+/// connections with [`super::line::AT_POOL`] each, few enough to cost nothing that counts.
 pub(super) const THREADS: usize = 64;
 
 /// A thread without work ends after this long.

@@ -1,3 +1,4 @@
+mod crowd;
 mod model;
 mod rig;
 mod waiting;
