@@ -21,7 +21,9 @@ pub mod session;
 pub mod wire;
 
 #[cfg(test)]
+mod sleepy;
+#[cfg(test)]
 mod testing;
 
 pub use export::{ExportInfo, Exports, OpenExport};
-pub use serve::{Config, Connections, Server};
+pub use serve::{Config, Connections, EngineKind, Server};

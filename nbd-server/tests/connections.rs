@@ -235,6 +235,8 @@ fn an_export_that_is_being_opened_counts_as_held() {
     gate.send(()).unwrap();
     rig.wait_open(0);
     assert!(is_cut(slow));
+    // The place goes after the export: this waits for it, if it is still there.
+    rig.connections.end("slow", LONG).unwrap();
     assert_eq!(rig.connections.end("slow", LONG).unwrap(), 0);
 }
 

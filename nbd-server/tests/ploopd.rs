@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use nbd_server::EngineKind;
 use nbd_server::control::{Client, model};
 use ploop::Kind;
 use rustix::process::{Pid, Signal, kill_process};
@@ -36,7 +37,12 @@ fn command(root: &Path) -> Command {
 impl Daemon {
     /// Runs it, and waits until it says where its control API is.
     fn start(root: &Path) -> Daemon {
-        let mut child = command(root).stderr(Stdio::inherit()).spawn().unwrap();
+        Daemon::start_with(root, &[])
+    }
+
+    fn start_with(root: &Path, args: &[&str]) -> Daemon {
+        let mut command = command(root);
+        let mut child = command.args(args).stderr(Stdio::inherit()).spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         while !line.contains("control API at") {
@@ -102,6 +108,29 @@ fn it_makes_a_store_serves_it_and_leaves_nothing() {
     daemon.signal(Signal::TERM);
     assert!(daemon.ended_well());
     assert!(!nbd.exists() && !control.exists());
+}
+
+#[test]
+fn the_engine_is_the_one_that_was_asked_for_and_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    for kind in EngineKind::ALL {
+        let daemon = Daemon::start_with(dir.path(), &["--engine", kind.name()]);
+        let client = Client::connect(&dir.path().join("control.sock")).unwrap();
+        assert_eq!(client.info().engine, kind.name());
+        let metrics = client.text("/metrics").unwrap();
+        let line = format!("ploop_engine_info{{engine=\"{kind}\"}} 1\n");
+        assert!(metrics.contains(&line), "{metrics}");
+        assert!(metrics.contains("\nploop_syncs_total "), "{metrics}");
+        daemon.signal(Signal::TERM);
+        assert!(daemon.ended_well());
+    }
+    let refused = command(dir.path())
+        .args(["--engine", "steam"])
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("inline, uring, portable"), "{said}");
 }
 
 #[test]

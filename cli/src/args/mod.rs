@@ -6,6 +6,7 @@ mod tree;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nbd_server::EngineKind;
 
 use crate::output::parse_size;
 
@@ -265,6 +266,10 @@ pub(crate) struct Serve {
     /// Serve read-only.
     #[arg(long)]
     pub read_only: bool,
+    /// How requests are executed: inline, uring or portable [default: uring where the kernel
+    /// permits it, else portable].
+    #[arg(long, env = "PLOOP_ENGINE", value_name = "ENGINE")]
+    pub engine: Option<EngineKind>,
     /// The control API's socket [default: control.sock of the store; .ploop/control.sock of a disk].
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,

@@ -7,7 +7,7 @@ use nbd_server::control::model::Info;
 use nbd_server::control::service::Limits;
 use nbd_server::control::{Control, Jobs, Meter, Parts, Service, go_on_with_merges, operations};
 use nbd_server::export::{Disks, Exports, Single};
-use nbd_server::{Config, Server};
+use nbd_server::{Config, EngineKind, Server};
 use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::disk::open::{OpenOptions, Opener, Source};
@@ -88,7 +88,7 @@ fn run_disks(
     open_files_limit: u64,
     s: &args::Serve,
 ) -> Result<()> {
-    let config = Config::default();
+    let config = config(s)?;
     let mut server = Server::new(disks.clone(), config);
     let (jobs, meter) = (Jobs::default(), Arc::new(Meter::default()));
     let connections = server.connections();
@@ -107,6 +107,7 @@ fn run_disks(
         read_only: s.read_only,
         max_connections: config.max_connections,
         open_files_limit,
+        engine: config.engine.name().into(),
     };
     let places = listen(&mut server, s)?;
     let (later, at_work) = (operations.clone(), jobs.clone());
@@ -125,13 +126,20 @@ fn run_disks(
     server.run_until_signal(|| announce(&places), move || control.stop())
 }
 
+fn config(s: &args::Serve) -> Result<Config> {
+    Ok(Config {
+        engine: EngineKind::choose(s.engine)?,
+        ..Config::default()
+    })
+}
+
 fn close(disk: &Disk, served: Result<()>) -> Result<()> {
     let closed = disk.close();
     served.and(closed)
 }
 
 fn run(exports: Arc<dyn Exports>, s: &args::Serve) -> Result<()> {
-    let mut server = Server::new(exports, Config::default());
+    let mut server = Server::new(exports, config(s)?);
     let places = listen(&mut server, s)?;
     server.run_ready(|| announce(&places))
 }

@@ -15,7 +15,7 @@ use nbd_server::control::model::Info;
 use nbd_server::control::service::Limits;
 use nbd_server::control::{Control, Jobs, Meter, Parts, Service, go_on_with_merges, operations};
 use nbd_server::export::Disks;
-use nbd_server::{Config, Server};
+use nbd_server::{Config, EngineKind, Server};
 use ploop::disk::open::Opener;
 use ploop::{Error, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -51,6 +51,10 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = Config::default().max_connections,
           value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
+    /// How requests are executed: inline, uring or portable [default: uring where the kernel
+    /// permits it, else portable].
+    #[arg(long, env = "PLOOP_ENGINE", value_name = "ENGINE")]
+    engine: Option<EngineKind>,
     /// How the log, on standard error, is written. `RUST_LOG` says how much.
     #[arg(long, value_enum, default_value = "text")]
     log_format: LogFormat,
@@ -83,6 +87,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    let engine = EngineKind::choose(args.engine)?;
     let open_files_limit = raise_file_limit(args.max_connections);
     // Made first, so that its sockets can be in it; then opened with its resolved name.
     let root = Root::open(&args.root, !args.read_only)?;
@@ -98,6 +103,7 @@ fn run(args: &Args) -> Result<()> {
     let disks = Arc::new(Disks::new(root, args.read_only));
     let config = Config {
         max_connections: args.max_connections,
+        engine,
         ..Config::default()
     };
     let mut server = Server::new(disks.clone(), config);
@@ -110,7 +116,7 @@ fn run(args: &Args) -> Result<()> {
         meter: meter.clone(),
     });
     let service = Service {
-        info: info(args, &dir, open_files_limit),
+        info: info(args, &dir, open_files_limit, engine),
         connections,
         jobs: jobs.clone(),
         meter,
@@ -153,7 +159,7 @@ fn announce(places: &[String]) -> Result<()> {
         .map_err(|e| Error::io("write", "standard output", e))
 }
 
-fn info(args: &Args, dir: &Path, open_files_limit: u64) -> Info {
+fn info(args: &Args, dir: &Path, open_files_limit: u64, engine: EngineKind) -> Info {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     Info {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -164,6 +170,7 @@ fn info(args: &Args, dir: &Path, open_files_limit: u64) -> Info {
         read_only: args.read_only,
         max_connections: args.max_connections,
         open_files_limit,
+        engine: engine.name().into(),
     }
 }
 

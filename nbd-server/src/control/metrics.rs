@@ -83,10 +83,16 @@ pub fn render(service: &Service) -> String {
         ("program", &info.program),
     ];
     text.sample("ploop_build_info", &labels, 1);
+    let help = "How requests are executed; always 1.";
+    text.head("ploop_engine_info", "gauge", help);
+    text.sample("ploop_engine_info", &[("engine", &info.engine)], 1);
     let help = "Start of the process, in seconds since 1970.";
     text.one("process_start_time_seconds", "gauge", help, info.started);
     connections(service, &mut text);
     traffic(service, &mut text);
+    let help = "Files made durable by this process (fdatasync); flushes share them.";
+    let syncs = ploop::store::real::syncs();
+    text.one("ploop_syncs_total", "counter", help, syncs);
     let help = "Disks that are open.";
     let disks = service.operations.open_disks();
     text.one("ploop_open_disks", "gauge", help, disks);

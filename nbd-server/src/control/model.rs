@@ -26,6 +26,9 @@ pub struct Info {
     pub max_connections: u32,
     /// Open files that the operating system allows it.
     pub open_files_limit: u64,
+    /// How it executes requests: `inline`, `uring` or `portable`.
+    #[serde(default)]
+    pub engine: String,
 }
 
 /// What kind of thing an export is.

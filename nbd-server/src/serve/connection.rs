@@ -1,18 +1,25 @@
 //! One negotiated connection: a blocking socket, an engine and a thread that owns both.
+//!
+//! While nothing waits for a disk, the thread sleeps in `recv` and nothing else is there to be woken
+//! by. Otherwise it sleeps in `poll`, for the socket and for what is finished. However a connection
+//! ends, what it deferred is over, and its buffers and leases are gone, before its thread ends.
 
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt;
+use rustix::io::Errno;
+use rustix::net::{SendFlags, sockopt};
 
 use super::engine::{Engine, Sink, Turn};
 use super::hall::Cut;
 use super::input::Input;
+use super::plane::Plane;
 use super::traffic::Totals;
 use crate::export::{Counted, Counters};
 use crate::session::Negotiated;
@@ -58,6 +65,13 @@ impl Socket {
         Ok(())
     }
 
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        match self {
+            Socket::Unix(s) => s.as_fd(),
+            Socket::Tcp(s) => s.as_fd(),
+        }
+    }
+
     pub(super) fn shutdown(&self, how: Shutdown) {
         // The peer may be gone already; then this has nothing left to do.
         match self {
@@ -101,6 +115,24 @@ impl Sink for Answers<'_> {
         }
     }
 
+    fn send_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            let to = self.socket.descriptor();
+            match rustix::net::send(
+                to,
+                &bytes[sent..],
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
+                Ok(n) => sent += n,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(sent)
+    }
+
     fn ended(&self) -> bool {
         self.cut.is_set()
     }
@@ -141,6 +173,7 @@ pub(super) struct Session<'a> {
     pub(super) socket: &'a Socket,
     pub(super) peer: &'a str,
     pub(super) counters: Arc<Counters>,
+    pub(super) plane: &'a Arc<Plane>,
     /// The server is going down.
     pub(super) stopping: &'a AtomicBool,
     /// This connection is to end now.
@@ -153,8 +186,20 @@ impl Session<'_> {
         let device = Counted::new(negotiated.export.device.clone(), self.counters.clone());
         negotiated.export.device = Arc::new(device);
         let start = Instant::now();
-        let mut engine = Engine::of(&negotiated);
-        let end = self.serve(&mut engine, rest);
+        let mut engine = Engine::of(self.plane, &negotiated);
+        let end = self.serve(&mut engine, rest).and_then(|end| {
+            let answers = &mut Answers {
+                socket: self.socket,
+                cut: self.cut,
+            };
+            match (engine.finish(answers), &end) {
+                // A client that closed its socket may or may not take what it asked for.
+                (Err(_), End::Closed(_)) | (Ok(()), _) => Ok(end),
+                (Err(e), _) => Err(e),
+            }
+        });
+        // Waits for what is still at work.
+        drop(engine);
         let end = match end.unwrap_or_else(End::Failed) {
             _ if self.cut.is_set() => End::Cut,
             end => end,
@@ -192,12 +237,27 @@ impl Session<'_> {
             input.used(used);
             let need = match turn {
                 Turn::NeedMore(need) => need,
+                Turn::Full => {
+                    while engine.is_full() {
+                        engine.wait(None)?;
+                        engine.reap(&mut Answers { socket, cut })?;
+                    }
+                    continue;
+                }
                 Turn::Disconnected => return Ok(End::Disconnected),
                 Turn::Violated(why) => return Ok(End::Violated(why)),
             };
-            // Everything received in full has been executed and answered; the rest was not begun.
+            // Everything received in full has been executed; the rest was not begun.
             if stopping() {
                 return Ok(End::Stopped);
+            }
+            let mut input_came = engine.outstanding() == 0;
+            while !input_came {
+                let came = engine.wait(Some(socket.descriptor()))?;
+                if came.word {
+                    engine.reap(&mut Answers { socket, cut })?;
+                }
+                input_came = came.input || engine.outstanding() == 0;
             }
             if patient && (input.is_large() || engine.is_large()) {
                 socket.set_patience(Some(IDLE))?;

@@ -1,13 +1,19 @@
-//! Executes requests: bytes in, bytes out, everything done on the calling thread.
+//! Executes requests: bytes in, bytes out.
 //!
 //! ```text
 //!  input ─▶ Rules::next ─▶ map / prepare ─▶ move ─▶ commit ─▶ Output ─▶ Sink
+//!                              │                                ▲
+//!                              └─▶ Deferred ─▶ ring, pool ──────┘
 //! ```
 //!
 //! All complete requests of the input are executed in order, and their answers go out in one piece.
-//! Whatever was executed is answered: there is no queue behind the engine, so the requests in
-//! flight on a connection are those in its input buffer. There is no socket, no thread and no clock
+//! What would wait for a disk is deferred and answered when it is done, whatever came behind it;
+//! [`Engine::new`] makes an engine that defers nothing. There is no socket, no thread and no clock
 //! here; a crash test drives this engine with bytes over a recording store.
+//!
+//! A command that would be deferred is executed here when nothing else waits, neither in the input
+//! nor for a disk: there is nobody to go ahead of it, and handing it over costs more than many
+//! flushes do. Not so a READ: the ring costs little, and the next request may be on its way.
 //!
 //! Reads go from the file into the output, writes from the input into the file, without a copy in
 //! between and without an allocation once the buffers have grown. A long read in chunks is sent
@@ -15,35 +21,41 @@
 //! to the client, so a client that stops reading holds up nobody's maintenance.
 
 use std::io;
-use std::ops::Range;
+use std::ops::ControlFlow;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use ploop::device::{Device, Extent, Segment, WriteSegment};
-use ploop::error::{Error, Kind, Result};
+use ploop::device::{Device, ReadLease};
 
-use crate::serve::read;
-use crate::session::replies::{Replies, Tag};
+use super::deferred::Deferred;
+use super::jobs::Answer;
+use super::mailbox::Came;
+use super::plane::{EngineKind, Plane};
+use super::read::{self, Ask, Now, Stop, Waiting};
+use super::work::{self, Scratch, Site};
+use crate::session::replies::Replies;
 use crate::session::transmission::{Action, Command, Next, Refusal, Rules};
-use crate::session::{MAX_EXTENTS, Negotiated, Output, errno};
+use crate::session::{Negotiated, Output};
+use crate::wire::Put;
+
+pub use super::work::CACHE_MAX;
 
 /// Gathered answers are sent when they reach this many bytes. The output holds at most this, plus
 /// one piece of a read in chunks, or plus one whole read where it cannot be split.
 pub const SEND_AT: usize = 256 << 10;
 
-/// Longest single write to a file. On ext4 a page-cache folio is as large as the write that made
-/// it, and a small overwrite in a large folio costs several times one in a small.
-const WRITE_PIECE: usize = 64 << 10;
-
-/// What one CACHE reads at most; the rest of its range is left alone. A client cannot keep a disk
-/// busy for a terabyte with one request of 28 bytes.
-pub const CACHE_MAX: u64 = 256 << 20;
-
-const CACHE_PIECE: u64 = 128 << 10;
+/// Longer answers are sent from where they are; shorter ones are copied to the others.
+const COPY_MAX: usize = 32 << 10;
 
 /// Where answers go.
 pub trait Sink {
     /// Sends all of `bytes`, in order.
     fn send(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Sends what can be sent without waiting for the client; how many bytes that was.
+    fn send_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.send(bytes).map(|()| bytes.len())
+    }
 
     /// True when nothing more is to be executed: nobody takes the answers.
     fn ended(&self) -> bool {
@@ -63,6 +75,9 @@ impl Sink for Vec<u8> {
 pub enum Turn {
     /// The first request of the rest of the input has at least this many bytes.
     NeedMore(usize),
+    /// As much waits for a disk as may: run again, before anything more is received, when
+    /// [`Engine::is_full`] says no. Not of an engine that defers nothing.
+    Full,
     /// The client said good-bye.
     Disconnected,
     /// The client broke the protocol; close. Says how.
@@ -72,41 +87,51 @@ pub enum Turn {
 /// The transmission of one connection, without the connection.
 #[derive(Debug)]
 pub struct Engine {
-    device: Arc<dyn Device>,
-    rules: Rules,
-    replies: Replies,
+    site: Arc<Site>,
     out: Output,
     /// A refusal to send when this many more bytes of input are thrown away.
     discarding: Option<(Refusal, u64)>,
-    segments: Vec<Segment>,
-    write_segments: Vec<WriteSegment>,
-    extents: Vec<Extent>,
-    scratch: Vec<u8>,
+    scratch: Scratch,
+    /// None: everything is executed where it comes.
+    deferred: Option<Deferred>,
+    answers: Vec<Answer>,
 }
 
 impl Engine {
-    /// An engine that executes on `device` what `rules` let pass.
+    /// An engine that executes on `device` what `rules` let pass, all of it at once.
     pub fn new(device: Arc<dyn Device>, rules: Rules) -> Engine {
         Engine {
-            replies: Replies::new(rules.style),
-            device,
-            rules,
+            site: Arc::new(Site {
+                replies: Replies::new(rules.style),
+                device,
+                rules,
+            }),
             out: Output::new(),
             discarding: None,
-            segments: Vec::new(),
-            write_segments: Vec::new(),
-            extents: Vec::new(),
-            scratch: Vec::new(),
+            scratch: Scratch::default(),
+            deferred: None,
+            answers: Vec::new(),
         }
     }
 
+    /// The same, deferring as `plane` says what would wait.
+    pub fn on(plane: &Arc<Plane>, device: Arc<dyn Device>, rules: Rules) -> Engine {
+        let mut engine = Engine::new(device, rules);
+        if plane.kind() != EngineKind::Inline {
+            engine.deferred = Some(Deferred::new(plane.clone(), engine.site.clone()));
+        }
+        engine
+    }
+
     /// The engine of a finished handshake.
-    pub fn of(negotiated: &Negotiated) -> Engine {
-        Engine::new(negotiated.export.device.clone(), Rules::of(negotiated))
+    pub fn of(plane: &Arc<Plane>, negotiated: &Negotiated) -> Engine {
+        let device = negotiated.export.device.clone();
+        Engine::on(plane, device, Rules::of(negotiated))
     }
 
     /// Executes every complete request at the start of `input`, sends the answers, and returns the
-    /// bytes that were used up. An error is one of `sink`; the session is then over.
+    /// bytes that were used up. An error is one of `sink`, or of the operating system; the session
+    /// is then over.
     pub fn run(&mut self, input: &[u8], sink: &mut dyn Sink) -> io::Result<(usize, Turn)> {
         let mut used = 0;
         let turn = loop {
@@ -122,11 +147,15 @@ impl Engine {
                     self.discarding = Some((refusal, left));
                     break Turn::NeedMore(1);
                 }
-                self.replies
+                self.site
+                    .replies
                     .fail(refusal.tag, refusal.error, &refusal.text, &mut self.out);
                 continue;
             }
-            match self.rules.next(rest) {
+            if self.is_full() {
+                break Turn::Full;
+            }
+            match self.site.rules.next(rest) {
                 Next::NeedMore(n) => break Turn::NeedMore(n),
                 Next::Disconnect => break Turn::Disconnected,
                 Next::Violation(why) => break Turn::Violated(why),
@@ -149,169 +178,228 @@ impl Engine {
                     payload,
                 } => {
                     let end = header + payload;
-                    self.execute(&command, &rest[header..end], sink)?;
+                    let alone = rest.len() == end && self.outstanding() == 0;
+                    self.execute(&command, &rest[header..end], alone, sink)?;
                     used += end;
                 }
             }
             if self.out.len() >= SEND_AT {
-                send(&mut self.out, sink)?;
+                self.send(sink)?;
             }
         };
-        send(&mut self.out, sink)?;
+        if self.outstanding() > 0 {
+            self.settle(sink)?;
+        }
+        self.send(sink)?;
         Ok((used, turn))
+    }
+
+    /// Requests that were taken and are not answered.
+    pub fn outstanding(&self) -> usize {
+        self.deferred.as_ref().map_or(0, Deferred::count)
+    }
+
+    /// True when no request is taken before some of those are answered.
+    pub fn is_full(&self) -> bool {
+        self.deferred.as_ref().is_some_and(Deferred::is_full)
+    }
+
+    /// Waits until one of those can be answered, or `socket` can be read.
+    pub(super) fn wait(&self, socket: Option<BorrowedFd<'_>>) -> io::Result<Came> {
+        match self.deferred.as_ref().filter(|d| d.count() > 0) {
+            Some(deferred) => deferred.wait(socket),
+            None => Ok(Came {
+                word: true,
+                input: true,
+            }),
+        }
+    }
+
+    /// Answers those of the outstanding requests that are done. Errors as for [`Engine::run`].
+    pub fn reap(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
+        self.settle(sink)?;
+        self.send(sink)
+    }
+
+    /// Waits for all outstanding requests and answers them. Errors as for [`Engine::run`].
+    pub fn finish(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
+        while self.outstanding() > 0 {
+            self.wait(None)?;
+            self.reap(sink)?;
+        }
+        Ok(())
+    }
+
+    /// Puts what is done into the output, and lets the kernel begin what was deferred, until
+    /// neither is left.
+    fn settle(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
+        loop {
+            let Some(deferred) = &mut self.deferred else {
+                return Ok(());
+            };
+            deferred.submit()?;
+            let mut answers = std::mem::take(&mut self.answers);
+            deferred.reap(&mut answers)?;
+            if answers.is_empty() {
+                self.answers = answers;
+                return Ok(());
+            }
+            for answer in answers.drain(..) {
+                if sink.ended() {
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+                self.pass_on(&answer.out, sink)?;
+                if let Some((ask, at)) = answer.more {
+                    self.read(&ask, at, sink)?;
+                }
+            }
+            self.answers = answers;
+        }
+    }
+
+    fn pass_on(&mut self, answer: &Output, sink: &mut dyn Sink) -> io::Result<()> {
+        let bytes = answer.filled();
+        if bytes.len() > COPY_MAX {
+            self.send(sink)?;
+            return send(&mut self.deferred, bytes, sink);
+        }
+        self.out.put(bytes);
+        if self.out.len() >= SEND_AT {
+            self.send(sink)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is gathered.
+    fn send(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
+        if !self.out.is_empty() {
+            send(&mut self.deferred, self.out.filled(), sink)?;
+            self.out.clear();
+        }
+        Ok(())
     }
 
     /// True when [`Engine::shrink`] would give memory back.
     pub fn is_large(&self) -> bool {
-        self.out.is_large() || self.segments.capacity() > read::KEEP_SEGMENTS
+        self.out.is_large()
+            || self.scratch.segments.capacity() > read::KEEP_SEGMENTS
+            || self.deferred.as_ref().is_some_and(Deferred::is_large)
     }
 
-    /// Gives the memory of buffers back; they grow again when needed.
+    /// Gives the memory of buffers back, and the ring; they come again when needed.
     pub fn shrink(&mut self) {
         self.out.shrink();
-        self.segments = Vec::new();
-        self.write_segments = Vec::new();
-        self.extents = Vec::new();
-        self.scratch = Vec::new();
+        self.scratch = Scratch::default();
+        self.answers = Vec::new();
+        self.deferred.as_mut().map(Deferred::shrink);
     }
 
-    fn execute(&mut self, c: &Command, payload: &[u8], sink: &mut dyn Sink) -> io::Result<()> {
-        let range = c.range.clone();
-        let mut fast = false;
-        let done = match c.action {
-            Action::Read { whole } => {
-                let mut read = read::Read {
-                    device: self.device.as_ref(),
-                    replies: self.replies,
-                    tag: c.tag,
-                    range,
-                    segments: &mut self.segments,
-                    out: &mut self.out,
-                };
-                return read.run(self.rules.style, whole, sink);
-            }
-            Action::Status { one } => return self.status(c.tag, &range, one),
-            Action::Write => self.write(range, payload),
-            Action::Flush => self.flush(),
-            Action::Trim => self.device.discard(range),
-            Action::Cache => self.cache(range),
-            Action::Zero(mode) => {
-                fast = mode.only_if_fast;
-                self.device.zero(range, mode)
-            }
-        };
-        let done = if c.fua {
-            done.and_then(|()| self.device.flush())
-        } else {
-            done
-        };
-        match done {
-            Ok(()) => self.replies.ok(c.tag, &mut self.out),
-            Err(e) => fail(&self.replies, c.tag, &e, fast, &mut self.out),
+    fn execute(
+        &mut self,
+        c: &Command,
+        payload: &[u8],
+        alone: bool,
+        sink: &mut dyn Sink,
+    ) -> io::Result<()> {
+        if let Action::Read { whole } = c.action {
+            let ask = Ask {
+                replies: self.site.replies,
+                style: self.site.rules.style,
+                whole,
+                tag: c.tag,
+                range: c.range.clone(),
+            };
+            return self.read(&ask, c.range.start, sink);
         }
-        Ok(())
-    }
-
-    fn flush(&self) -> Result<()> {
-        // Nothing was changed through a read-only export, so there is nothing to make durable.
-        if self.rules.read_only {
-            Ok(())
-        } else {
-            self.device.flush()
-        }
-    }
-
-    fn write(&mut self, range: Range<u64>, payload: &[u8]) -> Result<()> {
-        if payload.is_empty() {
+        let defer = self.deferred.as_mut().filter(|_| !alone);
+        if c.action == Action::Write {
+            let written = self.site.write(c.range.clone(), payload, &mut self.scratch);
+            let flush = c.fua && written.is_ok();
+            if flush && defer.is_some_and(|d| d.command(&work::flush_after(c))) {
+                return Ok(());
+            }
+            let done = match flush {
+                true => self.site.device.flush(),
+                false => written,
+            };
+            self.site.answer(c.tag, done, false, &mut self.out);
             return Ok(());
         }
-        let lease = self.device.prepare(range, &mut self.write_segments)?;
-        let mut rest = payload;
-        for segment in &self.write_segments {
-            let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
-            let Some((bytes, after)) = rest.split_at_checked(len) else {
-                return Err(misprepared());
-            };
-            let mut at = segment.file_offset;
-            for piece in bytes.chunks(WRITE_PIECE) {
-                lease.file().write_at(piece, at)?;
-                at += piece.len() as u64;
-            }
-            rest = after;
+        if work::is_slow(c) && defer.is_some_and(|d| d.command(c)) {
+            return Ok(());
         }
-        if !rest.is_empty() {
-            return Err(misprepared());
-        }
-        self.device.commit(lease)
-    }
-
-    fn cache(&mut self, range: Range<u64>) -> Result<()> {
-        let end = range.end.min(range.start.saturating_add(CACHE_MAX));
-        let mut at = range.start;
-        self.scratch.resize(CACHE_PIECE as usize, 0);
-        while at < end {
-            let to = end.min(at + CACHE_PIECE);
-            let lease = self.device.map(at..to, &mut self.segments)?;
-            for s in self.segments.iter().filter(|s| !read::is_hole(s)) {
-                let len = s.len.min(CACHE_PIECE) as usize;
-                lease.read(s, 0, &mut self.scratch[..len])?;
-            }
-            at = to;
-        }
+        self.site.perform(c, &mut self.scratch, &mut self.out);
         Ok(())
     }
 
-    fn status(&mut self, tag: Tag, range: &Range<u64>, one: bool) -> io::Result<()> {
-        let limit = if one { 1 } else { MAX_EXTENTS };
-        let count = self.rules.contexts.len();
-        for (i, context) in self.rules.contexts.iter().enumerate() {
-            let asked = self
-                .device
-                .allocation(range.clone(), limit, &mut self.extents);
-            let asked = asked.and_then(|()| match self.extents.is_empty() {
-                true => Err(Error::new(Kind::Io, "the device gave no extent")),
-                false => Ok(()),
-            });
-            if let Err(e) = asked {
-                fail(&self.replies, tag, &e, false, &mut self.out);
-                break;
-            }
-            self.extents.truncate(limit);
-            let (id, done) = (i as u32 + 1, i + 1 == count);
-            self.replies
-                .status(tag, id, *context, &self.extents, done, &mut self.out);
+    /// Answers a READ from byte `at` on.
+    fn read(&mut self, ask: &Ask, mut at: u64, sink: &mut dyn Sink) -> io::Result<()> {
+        if ask.range.is_empty() {
+            ask.put_empty(&mut self.out);
+            return Ok(());
         }
+        let mut hole = at..at;
+        while at < ask.range.end {
+            let piece = ask.piece(at);
+            at = piece.end;
+            match self.piece(ask, piece, &mut hole) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return Ok(()),
+                Err(stop) => {
+                    ask.end_hole(&mut hole, &mut self.out);
+                    if let Stop::Failed(e, at) = stop {
+                        ask.fail(&e, at, &mut self.out);
+                    }
+                    return Ok(());
+                }
+            }
+            if self.out.len() >= SEND_AT && at < ask.range.end {
+                self.send(sink)?;
+            }
+        }
+        ask.end_hole(&mut hole, &mut self.out);
         Ok(())
     }
-}
 
-/// The failure of a device that prepared another range than it was asked to.
-fn misprepared() -> Error {
-    Error::new(
-        Kind::Io,
-        "the device prepared another length than the write has",
-    )
-    .fix("This is a defect of the server; please report it.")
-}
-
-/// Sends what is gathered.
-pub(super) fn send(out: &mut Output, sink: &mut dyn Sink) -> io::Result<()> {
-    if !out.is_empty() {
-        sink.send(out.filled())?;
-        out.clear();
+    /// Puts one piece of a READ into the output, or defers it and what follows it.
+    fn piece(
+        &mut self,
+        ask: &Ask,
+        piece: std::ops::Range<u64>,
+        hole: &mut std::ops::Range<u64>,
+    ) -> Result<ControlFlow<()>, Stop> {
+        let segments = &mut self.scratch.segments;
+        let mut lease: ReadLease = ask.map(self.site.device.as_ref(), &piece, segments)?;
+        if let Some(deferred) = &mut self.deferred {
+            let (mark, before) = (self.out.len(), hole.clone());
+            match ask.put(&lease, segments, &mut Now, hole, &mut self.out) {
+                Err(Stop::NotNow) => {}
+                done => return done.map(ControlFlow::Continue),
+            }
+            self.out.cut(mark);
+            *hole = before;
+            ask.end_hole(hole, &mut self.out);
+            match deferred.read(ask, piece, lease, std::mem::take(segments)) {
+                Ok(()) => return Ok(ControlFlow::Break(())),
+                Err((back, mapped)) => (lease, *segments) = (back, mapped),
+            }
+        }
+        ask.put(&lease, segments, &mut Waiting, hole, &mut self.out)
+            .map(ControlFlow::Continue)
     }
-    Ok(())
 }
 
-/// Answers with an error of the device, and says it in the log: the client sees a number at most.
-fn fail(replies: &Replies, tag: Tag, e: &Error, fast: bool, out: &mut Output) {
-    let error = errno::of(e.kind(), fast);
-    if fast && e.kind() == Kind::Unsupported {
-        tracing::debug!(error = %e, "fast zero refused");
-    } else {
-        tracing::warn!(offset = tag.offset, error = %e, "request failed");
+/// Sends `bytes`. Who waits for a client holds no lease.
+fn send(deferred: &mut Option<Deferred>, bytes: &[u8], sink: &mut dyn Sink) -> io::Result<()> {
+    let Some(deferred) = deferred.as_mut().filter(|d| d.must_land()) else {
+        return sink.send(bytes);
+    };
+    let sent = sink.send_now(bytes)?;
+    if sent == bytes.len() {
+        return Ok(());
     }
-    replies.fail(tag, error, e.what(), out);
+    deferred.land()?;
+    sink.send(&bytes[sent..])
 }
 
 #[cfg(test)]

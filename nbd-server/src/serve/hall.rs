@@ -17,6 +17,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc as channel};
 
 use super::connection::{self, Socket};
 use super::greet::{Greeted, Later};
+use super::plane::Plane;
 use super::server::Config;
 use super::traffic::{Past, Totals};
 use crate::export::{Counters, ExportInfo, Exports, OpenExport};
@@ -117,6 +118,7 @@ impl Connections {
 pub(super) struct Hall {
     pub(super) exports: Arc<dyn Exports>,
     pub(super) config: Config,
+    pub(super) plane: Arc<Plane>,
     /// Places for connections; their number.
     pub(super) slots: Arc<Semaphore>,
     pub(super) max: u32,
@@ -199,6 +201,7 @@ impl Hall {
             .clamp(1, Semaphore::MAX_PERMITS as u32);
         let hall = Hall {
             exports,
+            plane: Plane::new(config.engine),
             config,
             slots: Arc::new(Semaphore::new(max as usize)),
             max,
@@ -360,6 +363,7 @@ impl Seat {
             socket,
             peer: &peer,
             counters,
+            plane: &self.hall.plane,
             stopping: &self.hall.stopping,
             cut: &self.cut,
         };

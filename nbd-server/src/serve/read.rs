@@ -5,21 +5,26 @@
 //! least [`HOLE_MIN`] as hole chunks, joined across pieces; the rest as data.
 //!
 //! An error half-way ends the reply with its offset; the chunks before it stay valid.
+//!
+//! | mover | bytes that are not in memory |
+//! |---|---|
+//! | [`Waiting`] | are waited for |
+//! | [`Now`] | stop the piece: [`Stop::NotNow`] |
+//! | [`Planned`] | are noted, to be read by a ring; so are those that are in memory |
 
-use std::io;
 use std::ops::Range;
 
 use ploop::device::{Device, ReadLease, Segment, SegmentPlace};
 use ploop::error::{Error, Kind, Result};
+use ploop::store::ring::Fetch;
 
-use super::engine::{SEND_AT, Sink, send};
 use crate::session::errno;
 use crate::session::output::Output;
 use crate::session::replies::{Replies, Tag};
 use crate::wire::reply::Style;
 
 /// Longest piece that is mapped, read and sent at once. Pieces end at its multiples.
-const PIECE: u64 = 256 << 10;
+pub(super) const PIECE: u64 = 256 << 10;
 
 /// Shorter holes are sent as zeros: a chunk and the client's work on it cost more.
 const HOLE_MIN: u64 = 4 << 10;
@@ -31,119 +36,145 @@ pub(super) fn is_hole(s: &Segment) -> bool {
     matches!(s.place, SegmentPlace::Hole)
 }
 
-/// One READ being answered.
-pub(super) struct Read<'a> {
-    pub(super) device: &'a dyn Device,
+/// One READ.
+#[derive(Clone, Debug)]
+pub(super) struct Ask {
     pub(super) replies: Replies,
+    pub(super) style: Style,
+    /// In one content chunk.
+    pub(super) whole: bool,
     pub(super) tag: Tag,
     pub(super) range: Range<u64>,
-    pub(super) segments: &'a mut Vec<Segment>,
-    pub(super) out: &'a mut Output,
 }
 
-/// A failure, and the guest byte where it happened.
-struct FailedAt(Error, u64);
+/// Why a piece was not put into the output.
+pub(super) enum Stop {
+    /// Not all of it is in memory.
+    NotNow,
+    /// A failure, and the guest byte where it happened.
+    Failed(Error, u64),
+}
 
-impl Read<'_> {
-    /// Answers the READ. An error is one of `sink`.
-    pub(super) fn run(&mut self, style: Style, whole: bool, sink: &mut dyn Sink) -> io::Result<()> {
-        match style {
-            Style::Simple => self.simple(),
-            _ if self.range.is_empty() => self.replies.end(self.tag, self.out),
-            _ if whole => self.whole(),
-            _ => return self.pieces(sink),
-        }
-        Ok(())
-    }
-
-    fn simple(&mut self) {
-        let data = self
-            .replies
-            .begin_data(self.range.start, self.len(), self.out);
-        match self.fill(data.body()) {
-            Ok(()) => self
-                .replies
-                .end_data(self.tag, &data, self.len(), true, self.out),
-            Err(FailedAt(e, at)) => {
-                self.replies.drop_data(&data, self.out);
-                let error = self.log(&e, at);
-                self.replies.fail(self.tag, error, e.what(), self.out);
-            }
-        }
-    }
-
-    fn whole(&mut self) {
-        let data = self
-            .replies
-            .begin_data(self.range.start, self.len(), self.out);
-        match self.fill(data.body()) {
-            Ok(()) if self.segments.iter().all(is_hole) && self.len() as u64 >= HOLE_MIN => {
-                self.replies.drop_data(&data, self.out);
-                self.put_hole(&self.range.clone(), true);
-            }
-            Ok(()) => self
-                .replies
-                .end_data(self.tag, &data, self.len(), true, self.out),
-            Err(failed) => {
-                self.replies.drop_data(&data, self.out);
-                self.fail_at(&failed);
-            }
-        }
-    }
-
-    /// The length of the range; at most `MAX_PAYLOAD`.
-    fn len(&self) -> usize {
-        (self.range.end - self.range.start) as usize
-    }
-
-    /// Reads the whole range to where `body` starts in the output.
-    fn fill(&mut self, body: usize) -> std::result::Result<(), FailedAt> {
-        let start = self.range.start;
-        let lease = self.device.map(self.range.clone(), self.segments);
-        let lease = lease.map_err(|e| FailedAt(e, start))?;
-        check_cover(self.segments, &self.range).map_err(|e| FailedAt(e, start))?;
-        let (_, failed) = move_all(&lease, self.segments, self.out.tail(body));
-        failed.map_or(Ok(()), Err)
-    }
-
-    fn pieces(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
-        let mut at = self.range.start;
-        let mut hole = at..at;
-        while at < self.range.end {
-            let short = self.range.end - at <= PIECE;
-            let to = if short {
-                self.range.end
-            } else {
-                (at / PIECE + 1) * PIECE
-            };
-            if let Err(failed) = self.piece(at..to, &mut hole) {
-                self.end_hole(&mut hole);
-                self.fail_at(&failed);
-                return Ok(());
-            }
-            at = to;
-            if self.out.len() >= SEND_AT {
-                send(self.out, sink)?;
-            }
-        }
-        self.end_hole(&mut hole);
-        Ok(())
-    }
-
-    /// Puts the data of one piece into the output; the lease on it ends here. A hole at its end is
-    /// left in `hole`, to be joined with what follows.
-    fn piece(
+/// How bytes come from their file into the output.
+pub(super) trait Mover {
+    /// Puts the bytes of `segment` where `at` is in `out`; false when they are not there now.
+    fn put(
         &mut self,
-        range: Range<u64>,
+        lease: &ReadLease,
+        segment: &Segment,
+        out: &mut Output,
+        at: usize,
+    ) -> Result<bool>;
+}
+
+/// See the module text.
+pub(super) struct Waiting;
+
+/// See the module text.
+pub(super) struct Now;
+
+/// See the module text.
+#[derive(Default)]
+pub(super) struct Planned(pub(super) Vec<Fetch>);
+
+fn place<'a>(out: &'a mut Output, at: usize, segment: &Segment) -> &'a mut [u8] {
+    &mut out.tail(at)[..segment.len as usize]
+}
+
+impl Mover for Waiting {
+    fn put(&mut self, lease: &ReadLease, s: &Segment, out: &mut Output, at: usize) -> Result<bool> {
+        lease.read(s, 0, place(out, at, s)).map(|()| true)
+    }
+}
+
+impl Mover for Now {
+    fn put(&mut self, lease: &ReadLease, s: &Segment, out: &mut Output, at: usize) -> Result<bool> {
+        match s.place {
+            SegmentPlace::File { layer, offset } => {
+                let into = place(out, at, s);
+                let Some(got) = lease.file(layer).read_now(into, offset)? else {
+                    return Ok(false);
+                };
+                into[got..].fill(0);
+                Ok(true)
+            }
+            // A compressed cluster has to be read and unpacked.
+            SegmentPlace::Through { .. } => Ok(false),
+            _ => Waiting.put(lease, s, out, at),
+        }
+    }
+}
+
+impl Mover for Planned {
+    fn put(&mut self, lease: &ReadLease, s: &Segment, out: &mut Output, at: usize) -> Result<bool> {
+        match s.place {
+            SegmentPlace::File { layer, offset } => {
+                let len = s.len as usize;
+                self.0.push(Fetch {
+                    layer,
+                    offset,
+                    at,
+                    len,
+                });
+                Ok(true)
+            }
+            SegmentPlace::Through { .. } => Ok(false),
+            _ => Waiting.put(lease, s, out, at),
+        }
+    }
+}
+
+impl Ask {
+    /// True when the answer is one piece.
+    fn is_one_piece(&self) -> bool {
+        self.whole || self.style == Style::Simple
+    }
+
+    /// The piece that begins at `at`.
+    pub(super) fn piece(&self, at: u64) -> Range<u64> {
+        if self.is_one_piece() || self.range.end - at <= PIECE {
+            return at..self.range.end;
+        }
+        at..(at / PIECE + 1) * PIECE
+    }
+
+    /// Answers the READ of nothing.
+    pub(super) fn put_empty(&self, out: &mut Output) {
+        match self.style {
+            Style::Simple => self.replies.ok(self.tag, out),
+            _ => self.replies.end(self.tag, out),
+        }
+    }
+
+    /// Maps a piece.
+    pub(super) fn map(
+        &self,
+        device: &dyn Device,
+        piece: &Range<u64>,
+        segments: &mut Vec<Segment>,
+    ) -> std::result::Result<ReadLease, Stop> {
+        let mapped = device.map(piece.clone(), segments);
+        mapped
+            .and_then(|lease| check_cover(segments, piece).map(|()| lease))
+            .map_err(|e| Stop::Failed(e, piece.start))
+    }
+
+    /// Puts one piece into the output. A hole at its end is left in `hole`, to be joined with what
+    /// follows. After [`Stop::NotNow`] the output holds a part of it, to be cut off.
+    pub(super) fn put(
+        &self,
+        lease: &ReadLease,
+        segments: &[Segment],
+        mover: &mut impl Mover,
         hole: &mut Range<u64>,
-    ) -> std::result::Result<(), FailedAt> {
-        let start = range.start;
-        let lease = self.device.map(range.clone(), self.segments);
-        let lease = lease.map_err(|e| FailedAt(e, start))?;
-        check_cover(self.segments, &range).map_err(|e| FailedAt(e, start))?;
+        out: &mut Output,
+    ) -> std::result::Result<(), Stop> {
+        if self.is_one_piece() {
+            return self.put_whole(lease, segments, mover, out);
+        }
         let mut i = 0;
-        while i < self.segments.len() {
-            let s = self.segments[i];
+        while i < segments.len() {
+            let s = segments[i];
             if is_hole(&s) && (s.len >= HOLE_MIN || !hole.is_empty()) {
                 if hole.is_empty() {
                     *hole = s.offset..s.offset;
@@ -152,80 +183,111 @@ impl Read<'_> {
                 i += 1;
                 continue;
             }
-            self.end_hole(hole);
-            let count = self.segments[i..].iter();
-            let count = count
+            self.end_hole(hole, out);
+            let count = segments[i..]
+                .iter()
                 .take_while(|s| !is_hole(s) || s.len < HOLE_MIN)
                 .count();
-            self.data(&lease, i..i + count)?;
+            self.put_data(lease, &segments[i..i + count], mover, out)?;
             i += count;
         }
         Ok(())
     }
 
-    /// One data chunk of consecutive segments. Where a read fails, the bytes before it are kept.
-    fn data(
-        &mut self,
+    fn put_whole(
+        &self,
         lease: &ReadLease,
-        which: Range<usize>,
-    ) -> std::result::Result<(), FailedAt> {
-        let segments = &self.segments[which];
+        segments: &[Segment],
+        mover: &mut impl Mover,
+        out: &mut Output,
+    ) -> std::result::Result<(), Stop> {
+        // At most MAX_PAYLOAD.
+        let len = (self.range.end - self.range.start) as usize;
+        let all_hole = len as u64 >= HOLE_MIN && segments.iter().all(is_hole);
+        if self.style != Style::Simple && all_hole {
+            self.put_hole(&self.range, true, out);
+            return Ok(());
+        }
+        let data = self.replies.begin_data(self.range.start, len, out);
+        match move_all(lease, segments, mover, out, data.body()) {
+            (_, None) => {
+                self.replies.end_data(self.tag, &data, len, true, out);
+                Ok(())
+            }
+            (_, Some(stop)) => {
+                self.replies.drop_data(&data, out);
+                Err(stop)
+            }
+        }
+    }
+
+    /// One data chunk of consecutive segments. Where a read fails, the bytes before it are kept.
+    fn put_data(
+        &self,
+        lease: &ReadLease,
+        segments: &[Segment],
+        mover: &mut impl Mover,
+        out: &mut Output,
+    ) -> std::result::Result<(), Stop> {
         let Some(first) = segments.first() else {
             return Ok(());
         };
         let len = segments.iter().map(|s| s.len).sum::<u64>();
-        let data = self
-            .replies
-            .begin_data(first.offset, len as usize, self.out);
-        let (moved, failed) = move_all(lease, segments, self.out.tail(data.body()));
-        let done = failed.is_none() && first.offset + len == self.range.end;
+        let data = self.replies.begin_data(first.offset, len as usize, out);
+        let (moved, stop) = move_all(lease, segments, mover, out, data.body());
+        let done = stop.is_none() && first.offset + len == self.range.end;
         if moved > 0 {
-            self.replies
-                .end_data(self.tag, &data, moved, done, self.out);
+            self.replies.end_data(self.tag, &data, moved, done, out);
         } else {
-            self.replies.drop_data(&data, self.out);
+            self.replies.drop_data(&data, out);
         }
-        failed.map_or(Ok(()), Err)
+        stop.map_or(Ok(()), Err)
     }
 
     /// Sends a hole that was being joined, if there is one.
-    fn end_hole(&mut self, hole: &mut Range<u64>) {
+    pub(super) fn end_hole(&self, hole: &mut Range<u64>, out: &mut Output) {
         if !hole.is_empty() {
-            self.put_hole(hole, hole.end == self.range.end);
+            self.put_hole(hole, hole.end == self.range.end, out);
             *hole = 0..0;
         }
     }
 
-    fn put_hole(&mut self, hole: &Range<u64>, done: bool) {
+    fn put_hole(&self, hole: &Range<u64>, done: bool, out: &mut Output) {
         // Inside a READ, so at most MAX_PAYLOAD.
         let len = u32::try_from(hole.end - hole.start).unwrap_or(u32::MAX);
-        self.replies.hole(self.tag, hole.start, len, done, self.out);
+        self.replies.hole(self.tag, hole.start, len, done, out);
     }
 
-    fn fail_at(&mut self, FailedAt(e, at): &FailedAt) {
-        let error = self.log(e, *at);
-        self.replies
-            .fail_at(self.tag, error, e.what(), *at, self.out);
-    }
-
-    fn log(&self, e: &Error, at: u64) -> u32 {
+    /// Ends the answer with a failure at guest byte `at`.
+    pub(super) fn fail(&self, e: &Error, at: u64, out: &mut Output) {
         tracing::warn!(offset = at, error = %e, "read failed");
-        errno::of(e.kind(), false)
+        let error = errno::of(e.kind(), false);
+        if self.style == Style::Simple {
+            self.replies.fail(self.tag, error, e.what(), out);
+        } else {
+            self.replies.fail_at(self.tag, error, e.what(), at, out);
+        }
     }
 }
 
-/// Moves the bytes of consecutive segments into `body`, which has exactly their length. Returns the
-/// bytes moved, and the failure that stopped it.
-fn move_all(lease: &ReadLease, segments: &[Segment], body: &mut [u8]) -> (usize, Option<FailedAt>) {
-    let mut at = 0;
+/// Moves the bytes of consecutive segments to where `body` is in the output. Returns the bytes
+/// moved, and what stopped it.
+fn move_all(
+    lease: &ReadLease,
+    segments: &[Segment],
+    mover: &mut impl Mover,
+    out: &mut Output,
+    body: usize,
+) -> (usize, Option<Stop>) {
+    let mut moved = 0;
     for s in segments {
-        let end = at + s.len as usize;
-        if let Err(e) = lease.read(s, 0, &mut body[at..end]) {
-            return (at, Some(FailedAt(e, s.offset)));
+        match mover.put(lease, s, out, body + moved) {
+            Ok(true) => moved += s.len as usize,
+            Ok(false) => return (moved, Some(Stop::NotNow)),
+            Err(e) => return (moved, Some(Stop::Failed(e, s.offset))),
         }
-        at = end;
     }
-    (at, None)
+    (moved, None)
 }
 
 /// Checks that the segments are the range, no more and no less. The output holds old bytes where

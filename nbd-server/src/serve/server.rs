@@ -22,6 +22,7 @@ use super::connection::Socket;
 use super::greet::{Outcome, greet};
 use super::hall::{Connections, Hall};
 use super::listen::{Listener, SocketFile};
+use super::plane::EngineKind;
 use super::{activation, listen};
 use crate::export::Exports;
 
@@ -34,6 +35,8 @@ pub struct Config {
     pub handshake_timeout: Duration,
     /// Time for clients to take their last answers when the server stops.
     pub stop_grace: Duration,
+    /// How requests are executed. One that this process may not use does without what it lacks.
+    pub engine: EngineKind,
 }
 
 impl Default for Config {
@@ -42,6 +45,7 @@ impl Default for Config {
             max_connections: 4096,
             handshake_timeout: Duration::from_secs(30),
             stop_grace: Duration::from_secs(10),
+            engine: EngineKind::best(),
         }
     }
 }
@@ -60,6 +64,7 @@ pub struct Server {
 impl Server {
     /// A server of `exports` that listens nowhere yet.
     pub fn new(exports: Arc<dyn Exports>, config: Config) -> Server {
+        tracing::info!(engine = config.engine.name(), "data plane");
         let (hall, ends) = Hall::new(exports, config);
         Server {
             hall,
@@ -181,6 +186,7 @@ impl Server {
             }
         }
         hall.join();
+        hall.plane.pool.close();
         Ok(())
     }
 }

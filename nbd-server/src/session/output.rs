@@ -66,6 +66,17 @@ impl Output {
         self.end = to;
     }
 
+    /// Its memory, and how much of that is in it: for filling in while it is nobody's.
+    pub(crate) fn into_parts(self) -> (Vec<u8>, usize) {
+        (self.bytes, self.end)
+    }
+
+    /// What [`Output::into_parts`] took apart.
+    pub(crate) fn of_parts(bytes: Vec<u8>, end: usize) -> Output {
+        debug_assert!(end <= bytes.len());
+        Output { bytes, end }
+    }
+
     /// True when [`Output::shrink`] would give memory back.
     pub fn is_large(&self) -> bool {
         self.bytes.len() > KEEP

@@ -13,6 +13,9 @@ use tokio::sync::oneshot;
 #[path = "../../src/testing.rs"]
 pub(crate) mod testing;
 
+#[path = "../../src/sleepy.rs"]
+pub(crate) mod sleepy;
+
 #[allow(unused_imports, reason = "each test file uses its own part")]
 pub(crate) use testing::{CLUSTER, FileDevice};
 
@@ -29,8 +32,20 @@ impl Running {
         Running::start_with(exports, config, |_| ())
     }
 
-    /// `more` adds places to listen.
+    /// `more` adds places to listen. The environment may choose the engine.
     pub(crate) fn start_with(
+        exports: Arc<dyn Exports>,
+        mut config: Config,
+        more: impl FnOnce(&mut Server),
+    ) -> Running {
+        if let Ok(engine) = std::env::var("PLOOP_ENGINE") {
+            config.engine = engine.parse().unwrap();
+        }
+        Running::start_as(exports, config, more)
+    }
+
+    /// The same with the engine of `config`, whatever the environment says.
+    pub(crate) fn start_as(
         exports: Arc<dyn Exports>,
         config: Config,
         more: impl FnOnce(&mut Server),

@@ -7,7 +7,8 @@
 //!  real   memory        recording
 //! ```
 //!
-//! * [`real`]: files of the host. Blocking system calls on the caller's thread.
+//! * [`real`]: files of the host. Blocking system calls on the caller's thread, or reads on a
+//!   [`ring`].
 //! * [`memory`]: a file system in memory, for unit and model tests.
 //! * [`recording`]: a memory store that keeps a log of every change and every sync, and can replay
 //!   each state that a power cut could legally leave behind. Crash tests run the shipped code on it.
@@ -23,8 +24,10 @@
 pub mod memory;
 pub mod real;
 pub mod recording;
+pub mod ring;
 
 use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -138,6 +141,18 @@ pub trait StoreFile: Send + Sync + Debug {
 
     /// Reads until `buf` is full or the file ends; returns the bytes read.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize>;
+
+    /// The same, without waiting for the disk: `None` when some of it is not in memory, and `buf`
+    /// then holds anything. A store that cannot tell what is in memory waits.
+    fn read_now(&self, buf: &mut [u8], offset: u64) -> Result<Option<usize>> {
+        self.read_at(buf, offset).map(Some)
+    }
+
+    /// The descriptor, for the [`ring::Ring`] that has the key; `None` when a ring cannot read this
+    /// file.
+    fn for_ring(&self, _key: &ring::RingKey) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// Writes all of `buf`, extending the file where needed. Error: `NoSpace` among others; then
     /// any prefix may have been written. Not durable before [`StoreFile::sync`].

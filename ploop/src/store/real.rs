@@ -5,18 +5,28 @@
 //! space, but reads the same.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
+use super::ring::RingKey;
 use super::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
 use crate::error::{Error, Result};
+
+/// Syncs of files by this process.
+static SYNCS: AtomicU64 = AtomicU64::new(0);
+
+/// How often this process made a file durable (fdatasync), failures included.
+pub fn syncs() -> u64 {
+    SYNCS.load(Relaxed)
+}
 
 /// The host's file system. Stateless; cheap to clone and share.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,6 +58,7 @@ fn open_file(path: &Path, options: &mut OpenOptions, what: &str) -> Result<Arc<d
             dev: meta.dev(),
             ino: meta.ino(),
         },
+        cannot_tell: AtomicBool::new(false),
         file,
     }))
 }
@@ -181,6 +192,8 @@ impl FileSystem for RealFileSystem {
 struct RealFile {
     path: PathBuf,
     id: FileId,
+    /// The file system does not say what is in memory.
+    cannot_tell: AtomicBool,
     file: File,
 }
 
@@ -276,6 +289,34 @@ impl StoreFile for RealFile {
         Ok(done)
     }
 
+    fn read_now(&self, buf: &mut [u8], offset: u64) -> Result<Option<usize>> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let rest = &mut buf[done..];
+            if self.cannot_tell.load(Relaxed) {
+                return Ok(Some(done + self.read_at(rest, at)?));
+            }
+            let mut parts = [IoSliceMut::new(rest)];
+            match rustix::io::preadv2(&self.file, &mut parts, at, ReadWriteFlags::NOWAIT) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                // A sandbox answers EPERM to calls that it does not know.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM) => {
+                    self.cannot_tell.store(true, Relaxed);
+                }
+                Err(e) => return Err(self.err("read", at, e.into())),
+            }
+        }
+        Ok(Some(done))
+    }
+
+    fn for_ring(&self, _key: &RingKey) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.file
             .write_all_at(buf, offset)
@@ -283,6 +324,7 @@ impl StoreFile for RealFile {
     }
 
     fn sync(&self) -> Result<()> {
+        SYNCS.fetch_add(1, Relaxed);
         self.file
             .sync_data()
             .map_err(|e| Error::io("sync", &self.path, e))
@@ -366,3 +408,7 @@ impl StoreFile for RealFile {
         Ok(i32::from(lock.l_type) != libc::F_UNLCK)
     }
 }
+
+#[cfg(test)]
+#[path = "real_tests.rs"]
+mod tests;

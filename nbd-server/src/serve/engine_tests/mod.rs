@@ -1,11 +1,15 @@
+mod crowd;
 mod model;
 mod rig;
+mod waiting;
 
 use std::sync::atomic::Ordering::SeqCst;
 
+use ploop::error::Kind;
+
 use super::*;
 use crate::session::context::Context;
-use crate::session::{MAX_DISCARD, MAX_PAYLOAD};
+use crate::session::{MAX_DISCARD, MAX_EXTENTS, MAX_PAYLOAD};
 use crate::testing::{CLUSTER, FileDevice};
 use crate::wire::chunk;
 use crate::wire::errno as nbd;

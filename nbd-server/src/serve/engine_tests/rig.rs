@@ -1,5 +1,6 @@
 //! A client of an engine: asks in bytes, reads the answers whole.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::serve::engine::{Engine, Turn};
@@ -123,52 +124,85 @@ impl Rig {
 
 /// Decodes one answer; `length` is the data of a simple READ.
 pub(super) fn decode(bytes: &[u8], cookie: u64, length: usize) -> (Reply, usize) {
-    let mut reply = Reply::default();
+    let (mut reply, mut at) = (Reply::default(), 0);
+    loop {
+        let into = &mut reply;
+        let (of, done, len) = part(&bytes[at..], |_| length, move |_| into);
+        assert_eq!(of, cookie);
+        at += len;
+        if done {
+            return (reply, at);
+        }
+    }
+}
+
+/// Decodes whole answers whose parts may be mixed, in the order of their ends; `lengths` has the
+/// READs.
+pub(super) fn decode_all(bytes: &[u8], lengths: &HashMap<u64, usize>) -> Vec<(u64, Reply)> {
+    let (mut begun, mut over) = (HashMap::<u64, Reply>::new(), Vec::new());
+    let mut at = 0;
+    while at < bytes.len() {
+        let length = |cookie| lengths.get(&cookie).copied().unwrap_or(0);
+        let all = &mut begun;
+        let (cookie, done, len) = part(&bytes[at..], length, move |c| all.entry(c).or_default());
+        at += len;
+        if done {
+            let reply = begun.remove(&cookie).unwrap();
+            assert!(over.iter().all(|(c, _)| *c != cookie), "{cookie} again");
+            over.push((cookie, reply));
+        }
+    }
+    assert!(begun.is_empty(), "half an answer");
+    over
+}
+
+/// Decodes a simple reply or a chunk into the reply of its cookie. Returns that, whether it was the
+/// last of it, and its length.
+fn part<'a>(
+    bytes: &[u8],
+    length: impl Fn(u64) -> usize,
+    reply: impl FnOnce(u64) -> &'a mut Reply,
+) -> (u64, bool, usize) {
     if let Ok(simple) = Simple::parse(bytes) {
-        assert_eq!(simple.cookie, cookie);
+        let reply = reply(simple.cookie);
         reply.error = simple.error;
+        let length = length(simple.cookie);
         let has_data = simple.error == 0 && length > 0 && bytes.len() >= Simple::LEN + length;
         let end = Simple::LEN + if has_data { length } else { 0 };
         if has_data {
             reply.content.push((0, bytes[Simple::LEN..end].to_vec()));
         }
-        return (reply, end);
+        return (simple.cookie, true, end);
     }
-    let mut at = 0;
-    loop {
-        let (header, style) = Chunk::parse(&bytes[at..]).unwrap();
-        assert_eq!(header.cookie, cookie);
-        at += Chunk::header_len(style);
-        let payload = &bytes[at..at + header.length as usize];
-        at += payload.len();
-        match header.kind {
-            chunk_kind::NONE => assert_eq!((header.flags, payload.len()), (DONE, 0)),
-            chunk_kind::OFFSET_DATA => {
-                let (offset, data) = chunk::parse_data(payload).unwrap();
-                reply.content.push((offset, data.to_vec()));
-            }
-            chunk_kind::OFFSET_HOLE => {
-                let (offset, len) = chunk::parse_hole(payload).unwrap();
-                assert_ne!(len, 0);
-                reply.content.push((offset, vec![0; len as usize]));
-                reply.holes += 1;
-            }
-            chunk_kind::BLOCK_STATUS | chunk_kind::BLOCK_STATUS_EXT => {
-                assert_eq!(header.kind, chunk::status_kind(style));
-                let (id, extents) = chunk::parse_status(style, payload).unwrap();
-                assert_eq!(id, 1);
-                reply.extents = extents;
-            }
-            k => {
-                let with_offset = k == chunk_kind::ERROR_OFFSET;
-                let (error, text, offset) = chunk::parse_error(payload, with_offset).unwrap();
-                (reply.error, reply.error_at, reply.text) = (error, offset, text.into());
-            }
+    let (header, style) = Chunk::parse(bytes).unwrap();
+    let reply = reply(header.cookie);
+    let at = Chunk::header_len(style);
+    let payload = &bytes[at..at + header.length as usize];
+    match header.kind {
+        chunk_kind::NONE => assert_eq!((header.flags, payload.len()), (DONE, 0)),
+        chunk_kind::OFFSET_DATA => {
+            let (offset, data) = chunk::parse_data(payload).unwrap();
+            reply.content.push((offset, data.to_vec()));
         }
-        if header.flags & DONE != 0 {
-            return (reply, at);
+        chunk_kind::OFFSET_HOLE => {
+            let (offset, len) = chunk::parse_hole(payload).unwrap();
+            assert_ne!(len, 0);
+            reply.content.push((offset, vec![0; len as usize]));
+            reply.holes += 1;
+        }
+        chunk_kind::BLOCK_STATUS | chunk_kind::BLOCK_STATUS_EXT => {
+            assert_eq!(header.kind, chunk::status_kind(style));
+            let (id, extents) = chunk::parse_status(style, payload).unwrap();
+            assert_eq!(id, 1);
+            reply.extents = extents;
+        }
+        k => {
+            let with_offset = k == chunk_kind::ERROR_OFFSET;
+            let (error, text, offset) = chunk::parse_error(payload, with_offset).unwrap();
+            (reply.error, reply.error_at, reply.text) = (error, offset, text.into());
         }
     }
+    (header.cookie, header.flags & DONE != 0, at + payload.len())
 }
 
 pub(super) fn pattern(len: usize, seed: u8) -> Vec<u8> {
