@@ -62,6 +62,7 @@ fn requests_cost_no_more_instructions_than_they_did() {
     }
 }
 
-const READ: u64 = 1;
-const WRITE: u64 = 1;
-const FIRST_WRITE: u64 = 1;
+/// Measured: 2,054, 2,019 and 7,791.
+const READ: u64 = 2_260;
+const WRITE: u64 = 2_220;
+const FIRST_WRITE: u64 = 8_570;
