@@ -11,11 +11,12 @@ import json
 import os
 import socket
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools import (MIB, PLOOP, Api, Client, device_flushes, empty_template, pieces, run, serving,
-                   settle)
+from tools import (MIB, PLOOP, Api, Client, answers, device_flushes, empty_template, pieces, run,
+                   serving, settle)
 
 PLOOP_NAME = "ploop"
 NULL = "nbdkit null"
@@ -52,7 +53,12 @@ class Server:
 
     @contextlib.contextmanager
     def up(self):
+        if self.control:
+            self.control.unlink(missing_ok=True)
         with serving(self.command, self.place, pid_file=self.pid_file, env=self.env) as child:
+            # Clients are let in before the control API is there.
+            while self.control and not answers(self.control):
+                time.sleep(0.001)
             self.api = Api(self.control) if self.control else None
             yield child
 
