@@ -108,7 +108,7 @@ def of_live(root, count):
 
 
 def section(work, quick):
-    count, peer_count, rounds = (200, 50, 2) if quick else (1000, 200, 3)
+    count, peer_count, rounds = (200, 25, 2) if quick else (1000, 200, 3)
     small = 50 if quick else 200
     if not os.access("/dev/shm", os.W_OK):
         sys.exit("/dev/shm is required: a tmpfs to measure without a disk")

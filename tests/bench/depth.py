@@ -69,10 +69,10 @@ def warm(client, data):
 
 
 def section(work, quick):
-    depths = (1, 16, 64) if quick else DEPTHS
+    depths = (1, 64) if quick else DEPTHS
     peer_depths = () if QSD in left_out else tuple(d for d in depths if d <= 64)
     rounds, seconds, opens = (2, 0.5, 3) if quick else (7, 2, 9)
-    data = 64 * MIB if quick else 256 * MIB
+    data = 32 * MIB if quick else 256 * MIB
     sizes = {"16 MiB": 16 * MIB} if quick else {"16 MiB": 16 * MIB, "1 GiB": GIB}
     root, sock = work / "depth", work / "s"
     empty_template(root, "t", 2 * GIB)

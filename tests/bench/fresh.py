@@ -1,8 +1,8 @@
 """First writes: to an empty disk (thin), and over a template (copy on write).
 
 Every figure starts on a new image, and each write goes to a block that was not written before.
-Burst is what a client sees. Sustained has all of the bill: the writes, a FLUSH that is answered, and
-the end of the server in order, so whatever it does later than it answers is in it.
+Burst is what a client sees. Sustained has all of the bill: the writes, a FLUSH that is answered,
+and the end of the server in order, so whatever it does later than it answers is in it.
 
 Where the filesystem is mounted with `discard`, giving back the scattered images takes longer than
 the measurements.
@@ -12,7 +12,7 @@ import time
 
 import goals
 from goals import BEST
-from rows import cell, evidence, measure, median, Row
+from rows import Row, cell, evidence, measure, median
 from servers import FEW, PLOOP_NAME, nbd_server, nbdkit, ploop, qemu_nbd, qsd, there
 from tools import (CLUSTER, GIB, KIB, MIB, PLOOP, cpu_seconds, empty_template, fio, light, pieces,
                    run, settle, table)
@@ -70,8 +70,8 @@ class Cow:
     the fastest base that they have."""
 
     title = "first write 4k over a template (COW), 16"
-    remarks = ("nbdkit's and nbd-server's overlays are temporary files that end with the client or "
-               "the server: nothing in them outlives a crash.",)
+    remarks = ("nbdkit's and nbd-server's overlays are temporary files that end with the client "
+               "or the server: nothing in them outlives a crash.",)
 
     def __init__(self, work, size):
         self.work, self.size, self.root, self.base = work, size, work / "cow", work / "base.raw"
@@ -182,7 +182,7 @@ def thin(work, quick):
     # A quarter of the clusters: most writes are the first in theirs.
     writes = size // CLUSTER // 4
     results, servers, makers = measured(kind, work / "s", quick, rounds, writes, seconds)
-    results["fsync"] = synced(kind, servers, makers, FSYNC, rounds, min(seconds, 2))
+    results["fsync"] = synced(kind, servers, makers, FSYNC, rounds, min(seconds, 1))
     kind.clear()
     out = report(kind, results, servers, rounds, writes, seconds)
     out += ["", *table(["", FSYNC.title], *([name, cell(f, "iops", None if name == PLOOP_NAME else
@@ -221,6 +221,6 @@ def report(kind, results, servers, rounds, writes, seconds):
     out = table([kind.title, "burst, fio", "burst, light client", "sustained, light client",
                  "writes", "its flush + its end", "engine, cluster"], *rows)
     return out + ["", f"Median of {rounds} (min – max), each on a new image of "
-                  f"{kind.size // GIB} GiB: {writes} writes, each to another 4 KiB, or as many as {seconds} s allow. "
-                  "Sustained: until a flush is answered and the server has ended in order. After "
-                  "×, ploop's figure divided by that peer's.", *kind.remarks]
+                  f"{kind.size // GIB} GiB: {writes} writes, each to another 4 KiB, or as many as "
+                  f"{seconds} s allow. Sustained: until a flush is answered and the server has "
+                  "ended in order. After ×, ploop's figure divided by that peer's.", *kind.remarks]

@@ -22,8 +22,8 @@ def section(work, quick):
     servers = in_place(work.parent, size, work / "s", quick)
     results = interleaved(servers, ROWS, rounds, seconds, work)
     out = matrix(results, ROWS, servers)
-    out += ["", legend(rounds, seconds, f"`light` of tests/src/bin, {size // MIB} MiB of data, page "
-                       "cache warm: it sends all its free slots at once and looks at no data."),
+    out += ["", legend(rounds, seconds, f"`light` of tests/src/bin, {size // MIB} MiB of data, "
+                       "page cache warm: it sends all its free slots at once, looks at no data."),
             conditions(results)]
     out += goals.lines(
         goals.at_least(READ_16X4, 2, "nbdkit file", results[READ_16X4]),

@@ -151,7 +151,7 @@ def buckets(writer, began, ended):
 
 
 def section(work, quick):
-    count, region = (30, 32 * MIB) if quick else (200, 32 * MIB)
+    count, region = (16, 32 * MIB) if quick else (200, 32 * MIB)
     root = work / "live"
     # Each snapshot lets every cluster of the region be written anew.
     if shutil.disk_usage(work).free < (needs := 2 * count * region + GIB):

@@ -169,12 +169,12 @@ def offline(work, root, size, rounds):
 
 
 def section(work, quick):
-    size, rounds = (256 * MIB, 2) if quick else (GIB, 3)
+    size, rounds = (128 * MIB, 1) if quick else (GIB, 3)
     root = work / "merge"
     empty_template(root, "t", 4 * GIB)
     results = {"size": size, "live": [], QSD: []}
     for _ in range(rounds):
-        results["live"].append(live(work, root, size, 2 if quick else 5))
+        results["live"].append(live(work, root, size, 1 if quick else 5))
         if "qsd qcow2" not in left_out:
             results[QSD].append(qsd_live(work, size))
     # Half of what it does unlimited: a rate that the machine can hold.

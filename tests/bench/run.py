@@ -5,9 +5,9 @@
 
 Sections: io (fio on data that is there), light (the same by a client that costs almost nothing),
 thin and cow (first writes, as a burst and with all of the bill), cold (reads that the cache does
-not have, and reads beside them), tcp, copy (nbdcopy), depth (deep chains), clones (a thousand in one
-call), open (start to first read), idle (exports and clients at rest), live (snapshots of a disk that
-is written to), merge. Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring),
+not have, and reads beside them), tcp, copy (nbdcopy), depth (deep chains), clones (a thousand in
+one call), open (start to first read), idle (exports and clients at rest), live (snapshots of a disk
+that is written to), merge. Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring),
 qemu-storage-daemon, nbdkit (file, cow, null), nbd-server (with copyonwrite).
 Needs: fio, qemu-utils, nbdkit, nbd-server, libnbd-bin; builds the release binaries itself. A tool
 that is missing, or a peer that does not run, is an error; a peer that is left out by --without has
@@ -50,6 +50,9 @@ SECTIONS = {
 }
 
 
+QUICK = "A quick run: a look, with few rounds, little data and one peer of each program."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
@@ -67,7 +70,8 @@ def main():
     tools.need()
     if not args.no_build:
         tools.build()
-    results = {}
+    results = {"machine": tools.versions()}
+    print(f"{results['machine']}.", *([QUICK] if args.quick else []), "", sep="\n")
     with tempfile.TemporaryDirectory(prefix="ploop-bench-", dir=args.dir) as top:
         for name in names:
             # What sections share stays beside their own directories to the end.

@@ -47,6 +47,16 @@ def build():
     subprocess.run(["cargo", "build", "--release", "-q", "--bins", *crates], cwd=TOP, check=True)
 
 
+def versions():
+    """The machine and the programs, in a line."""
+    words = [f"{os.cpu_count()} processors", f"Linux {os.uname().release}"]
+    for tool in ("qemu-nbd", "nbdkit", "nbd-server", "fio", "nbdcopy"):
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True)
+        number = re.search(r"\d+\.\d+[\d.]*", done.stdout + done.stderr)
+        words.append(f"{tool} {number[0] if number else '?'}")
+    return ", ".join(words)
+
+
 def run(*command, **kw):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **kw)
     if done.returncode:
@@ -160,25 +170,26 @@ class Api:
         self.http.sock.connect(str(self.path))
         self.used = time.monotonic()
 
-    def ask(self, method, path, body=None):
+    def exchange(self, method, path, body=None, headers=None):
         if time.monotonic() - self.used > 2:  # the server lets go of one that is idle
             self.connect()
-        body = None if body is None else json.dumps(body)
-        headers = {"content-type": "application/json"} if body else {}
-        self.http.request(method, path, body, headers)
+        self.http.request(method, path, body, headers or {})
         answer = self.http.getresponse()
-        text = answer.read()
+        text = answer.read().decode()
         self.used = time.monotonic()
         if answer.status >= 300:
-            sys.exit(f"{method} {path}: {answer.status} {text.decode()}")
-        return json.loads(text)
+            sys.exit(f"{method} {path}: {answer.status} {text}")
+        return text
+
+    def ask(self, method, path, body=None):
+        body = None if body is None else json.dumps(body)
+        headers = {"content-type": "application/json"} if body else {}
+        return json.loads(self.exchange(method, path, body, headers))
 
     def metrics(self):
         """The durability counters of `/metrics` (syncs, journal, flushes), each summed up over its
         labels, and the engines that it names. What a build does not count is not there."""
-        self.http.request("GET", "/metrics")
-        text = self.http.getresponse().read().decode()
-        counters = {}
+        text, counters = self.exchange("GET", "/metrics"), {}
         for line in text.splitlines():
             if found := re.match(r"ploop_(\w*(?:sync|flush|journal)\w*)_total\b.* (\d+)$", line):
                 counters[found[1]] = counters.get(found[1], 0) + int(found[2])
