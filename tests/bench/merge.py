@@ -169,7 +169,7 @@ def offline(work, root, size, rounds):
 
 
 def section(work, quick):
-    size, rounds = (128 * MIB, 1) if quick else (GIB, 3)
+    size, rounds = (256 * MIB, 1) if quick else (GIB, 3)
     root = work / "merge"
     empty_template(root, "t", 4 * GIB)
     results = {"size": size, "live": [], QSD: []}

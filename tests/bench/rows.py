@@ -65,18 +65,17 @@ def evidence(server, title, before, after, answered):
 
 
 def interleaved(servers, rows, rounds, seconds, work):
-    """{row: {server: [figures]}}: each round starts every server once and does all the rows."""
+    """{row: {server: [figures]}}. Servers take turns within each row, started anew each time, so
+    that those who are compared run within seconds of one another."""
     results = {row.title: {name: [] for name in servers if row.null or name != NULL}
                for row in rows}
     for _ in range(rounds):
-        for name, server in servers.items():
-            # What the one before it wrote does not go to the disk at its expense.
-            settle()
-            with server.up() as child:
-                for row in rows:
-                    if name in results[row.title]:
-                        results[row.title][name].append(
-                            measure(server, child, row, seconds, work))
+        for row in rows:
+            for name, figures in results[row.title].items():
+                # What the one before it wrote does not go to the disk at its expense.
+                settle()
+                with servers[name].up() as child:
+                    figures.append(measure(servers[name], child, row, seconds, work))
     return results
 
 
