@@ -12,7 +12,7 @@ from rows import Row, cell, conditions, measure, median
 from servers import PLOOP_NAME, full_images, in_place, size_of_full
 from tools import KIB, LIGHT, MIB, PLOOP, fio_time, light, run, settle, spread, table
 
-READ = Row("cold random read 4k, 16 in flight", "fio", "randread", 4 * KIB, 16)
+READ = Row("cold random read 4k, 16 in flight", "fio", "randread", 4 * KIB, 16, cpu=True)
 NAMES = (PLOOP_NAME, "qemu-nbd qcow2 io_uring", "qsd qcow2", "nbdkit file")
 FILE = "fio on the file itself, O_DIRECT"
 #: What is read from the cache, and what is written and synced meanwhile; the rest is cold.

@@ -14,7 +14,7 @@ import goals
 from goals import BEST
 from rows import Row, cell, evidence, measure, median
 from servers import FEW, PLOOP_NAME, nbd_server, nbdkit, ploop, qemu_nbd, qsd, there
-from tools import (CLUSTER, GIB, KIB, MIB, PLOOP, cpu_seconds, empty_template, fio, light, pieces,
+from tools import (CLUSTER, GIB, KIB, PLOOP, empty_template, fio, light, pieces,
                    run, settle, table)
 
 DEPTH = 16
@@ -118,13 +118,13 @@ def new(kind, server, make):
 
 def burst(kind, server, writes, seconds):
     """fio, until so many writes are done, or so long."""
-    with server.up() as child:
-        before, cpu = server.counters(kind.work), cpu_seconds(child.pid)
+    with server.up():
+        before = server.counters(kind.work)
         got = fio(server.uri, "randwrite", "4k", DEPTH, seconds, f"--number_ios={writes}",
                   ramp=0)
-        cpu, after = cpu_seconds(child.pid) - cpu, server.counters(kind.work)
+        after = server.counters(kind.work)
     got |= evidence(server, kind.title, before, after, got["flushes"])
-    return got | {"value": got["iops"], "cpu_us_per_io": cpu * 1e6 / got["ops"]}
+    return got | {"value": got["iops"]}
 
 
 def sustained(kind, server, writes, seconds):

@@ -114,8 +114,8 @@ def report(results):
          f"{statistics.median(results['peers']['qemu_nbd_pss_kib']):.0f} KiB (PSS)", "", "", ""])
     times = [t * 1000 for t in results["list_seconds"]]
     lines += ["", f"A client's LIST names {results['listed']} exports in {spread(times)} ms; "
-              f"nbdkit's names {kit['listed']} in {kit['list_seconds'][0] * 1000:.1f} ms. {m} clients "
-              f"connect one after another in {few['connect_seconds']:.2f} s."]
+              f"nbdkit's names {kit['listed']} in {kit['list_seconds'][0] * 1000:.1f} ms. {m} "
+              f"clients connect one after another in {few['connect_seconds']:.2f} s."]
     each = (results["idle"]["rss_kib"] - bare) / n
     held = (results["idle"]["descriptors"] - results["bare"]["descriptors"]) / n
     return lines + goals.lines(goals.at_most("memory of an idle export", 24, " KiB", each),

@@ -19,14 +19,14 @@ FUA = "FUA write 4k, 1 in flight (light client: fio cannot)"
 # What leaves much to write back is last.
 ROWS = [
     Row(READ_1, "fio", "randread", 4 * KIB, 1),
-    Row(READ_16, "fio", "randread", 4 * KIB, 16),
+    Row(READ_16, "fio", "randread", 4 * KIB, 16, cpu=True),
     Row(READ_16X4, "fio", "randread", 4 * KIB, 16, jobs=4),
-    Row(SEQ_READ, "fio", "read", MIB, 8, unit="mb"),
+    Row(SEQ_READ, "fio", "read", MIB, 8, unit="mb", cpu=True),
     Row(FSYNC, "fio", "randwrite", 4 * KIB, 1, jobs=4, more=("--fsync=1",), null=False),
     Row(FUA, "light", "fua", 4 * KIB, 1, null=False),
     Row(MIXED, "fio", "randrw", 4 * KIB, 16, more=("--rwmixread=70",)),
     Row(WRITE_16, "fio", "randwrite", 4 * KIB, 16),
-    Row(SEQ_WRITE, "fio", "write", MIB, 8, unit="mb"),
+    Row(SEQ_WRITE, "fio", "write", MIB, 8, unit="mb", cpu=True),
 ]
 
 
