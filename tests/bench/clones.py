@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import goals
 from tools import (CLUSTER, GIB, KIB, MIB, PLOOP, Client, daemon, du, empty_template, fill, run,
                    settle, spread, table, timed)
 
@@ -107,7 +108,7 @@ def of_live(root, count):
 
 
 def section(work, quick):
-    count, peer_count, rounds = (200, 50, 2) if quick else (1000, 200, 3)
+    count, peer_count, rounds = (200, 25, 2) if quick else (1000, 200, 3)
     small = 50 if quick else 200
     if not os.access("/dev/shm", os.W_OK):
         sys.exit("/dev/shm is required: a tmpfs to measure without a disk")
@@ -148,4 +149,11 @@ def report(results, count, small):
         ["of a snapshot of the container, the first one (its layers become shared)",
          f"{live['first'] * 1000:.1f} ms"],
         ["of that snapshot, the next", f"{live['snapshot']:.2f} s"])]
-    return lines
+    met = []
+    for where in ("tmpfs", "disk"):
+        r = results[where]
+        speeds = {"ploop": [1 / t for t in r["seconds"]],
+                  "qemu-img create -b": [1 / t for t in r["qemu_img_seconds"]]}
+        met += [goals.at_least(f"{count} clones, {where}", 15, "qemu-img create -b", speeds),
+                goals.at_most(f"a clone, {where}", 32, " KiB", r["bytes_per_clone"] / KIB, 1)]
+    return lines + goals.lines(*met)

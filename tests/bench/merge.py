@@ -1,11 +1,19 @@
-"""Merging 1 GiB: the writers meanwhile, speed beside qemu-img commit, and a rate that is held."""
+"""Merging 1 GiB: the writers meanwhile, speed beside QEMU's commits, and a rate that is held."""
 
+import contextlib
+import json
+import socket
 import statistics
+import sys
 import time
 
+import goals
 from live import Writer
-from tools import (CLUSTER, GIB, MIB, PLOOP, Client, daemon, empty_template, fill, run, settle,
-                   spread, table, timed)
+from servers import left_out
+from tools import (CLUSTER, GIB, MIB, PLOOP, Client, daemon, empty_template, fill, run, serving,
+                   settle, spread, table, timed)
+
+QSD = "qsd block-commit"
 
 
 def make(root, name, size):
@@ -46,6 +54,7 @@ def live(work, root, size, idle_seconds):
         follow(api, job, rows)
         ended = time.monotonic_ns()
         writer.stop()
+    run(PLOOP, "--root", root, "rm", "live")
     line = [{"t": round((t - began) / 1e9, 4), "done": done, "total": total,
              "gap_ms": round(writer.worst(before, t), 3)}
             for (before, _, _), (t, done, total) in zip([(began, 0, 0)] + rows, rows)]
@@ -56,6 +65,75 @@ def live(work, root, size, idle_seconds):
         "idle_writer_iops": writer.rate(start, began),
         "idle_seconds": (began - start) / 1e9,
     }
+
+
+class Qmp:
+    """A monitor of QEMU's."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))
+        self.lines = self.socket.makefile("rb")
+        self.lines.readline()
+        self.ask("qmp_capabilities")
+
+    def ask(self, command, **arguments):
+        request = {"execute": command, "arguments": arguments}
+        self.socket.sendall(json.dumps(request).encode())
+        return self.until(lambda said: "return" in said)
+
+    def until(self, is_it):
+        while True:
+            said = json.loads(self.lines.readline())
+            if "error" in said or said.get("data", {}).get("error"):
+                sys.exit(f"qemu-storage-daemon: {said}")
+            if is_it(said):
+                return said
+
+
+def qcow2_chain(work, size, layers):
+    """Images over one another, the first ones with `size` bytes each, of different places."""
+    paths = [work / f"layer{i}.qcow2" for i in range(layers)]
+    for i, image in enumerate(paths):
+        backing = ["-F", "qcow2", "-b", paths[i - 1]] if i else []
+        run("qemu-img", "create", "-q", "-f", "qcow2", *backing, image, "4G")
+        if i < 2:
+            clusters = range(i * size // CLUSTER, (i + 1) * size // CLUSTER)
+            script = "".join(f"write -q {offset} {len(data)}\n" for offset, data in fill(clusters))
+            run("qemu-io", "-f", "qcow2", "-t", "writeback", image, input=script + "quit\n")
+    return paths
+
+
+def qsd_live(work, size):
+    """The same by qemu-storage-daemon: the layer below the live disk goes into the one below it,
+    while a client writes."""
+    images = qcow2_chain(work, size, 3)
+    sock, monitor = work / "q", work / "qmp"
+    command = ["qemu-storage-daemon", "--object", "iothread,id=thread",
+               "--chardev", f"socket,path={monitor},server=on,wait=off,id=monitor",
+               "--monitor", "chardev=monitor"]
+    for i, image in enumerate(images):
+        backing = f",backing=layer{i - 1}" if i else ""
+        command += ["--blockdev", f"driver=file,node-name=file{i},filename={image}",
+                    "--blockdev", f"driver=qcow2,node-name=layer{i},file=file{i}{backing}"]
+    command += ["--nbd-server", f"addr.type=unix,addr.path={sock}", "--export",
+                "type=nbd,id=export,node-name=layer2,writable=on,iothread=thread"]
+    settle()
+    with serving(command, sock), contextlib.ExitStack() as last:
+        writer = Writer(work, sock, "layer2", 2 * size, 64 * MIB)
+        qmp = Qmp(monitor)
+        last.callback(qmp.socket.close)
+        time.sleep(1)
+        began = time.monotonic_ns()
+        qmp.ask("block-commit", **{"job-id": "job", "device": "layer2", "top-node": "layer1",
+                                   "base-node": "layer0"})
+        qmp.until(lambda said: said.get("event") == "BLOCK_JOB_COMPLETED")
+        ended = time.monotonic_ns()
+        writer.stop()
+    for image in images:
+        image.unlink()
+    return {"seconds": (ended - began) / 1e9, "worst_gap_ms": writer.worst(began, ended),
+            "writer_iops": writer.rate(began, ended)}
 
 
 def rate(root, size, limit):
@@ -82,14 +160,7 @@ def offline(work, root, size, rounds):
         make(root, name, size)
         ours.append(timed(PLOOP, "--root", root, "snapshot", "delete", name, "s0"))
         run(PLOOP, "--root", root, "rm", name)
-        base, top = work / "base.qcow2", work / "top.qcow2"
-        run("qemu-img", "create", "-f", "qcow2", base, "4G")
-        run("qemu-img", "create", "-f", "qcow2", "-F", "qcow2", "-b", base, top)
-        for image, first in ((base, 0), (top, size)):
-            writes = [f"write -q {offset} {len(data)}" for offset, data in
-                      fill(range(first // CLUSTER, (first + size) // CLUSTER))]
-            run("qemu-io", "-f", "qcow2", "-t", "writeback", image,
-                input="\n".join(writes) + "\nquit\n")
+        base, top = qcow2_chain(work, size, 2)
         settle()
         theirs.append(timed("qemu-img", "commit", "-q", top))
         base.unlink()
@@ -98,29 +169,41 @@ def offline(work, root, size, rounds):
 
 
 def section(work, quick):
-    size, rounds = (256 * MIB, 2) if quick else (GIB, 3)
+    size, rounds = (256 * MIB, 1) if quick else (GIB, 3)
     root = work / "merge"
     empty_template(root, "t", 4 * GIB)
-    results = {"size": size, "live": live(work, root, size, 2 if quick else 5)}
+    results = {"size": size, "live": [], QSD: []}
+    for _ in range(rounds):
+        results["live"].append(live(work, root, size, 1 if quick else 5))
+        if "qsd qcow2" not in left_out:
+            results[QSD].append(qsd_live(work, size))
     # Half of what it does unlimited: a rate that the machine can hold.
-    speed = results["live"]["moved"] / results["live"]["seconds"]
-    limit = max(MIB, int(speed / 2) // MIB * MIB)
+    last = results["live"][-1]
+    limit = max(MIB, int(last["moved"] / last["seconds"] / 2) // MIB * MIB)
     results["rate"] = rate(root, size, limit)
     results["offline"] = offline(work, root, size, rounds)
     return report(results), results
 
 
 def report(results):
-    size, l, r = results["size"], results["live"], results["rate"]
+    size, runs, r = results["size"], results["live"], results["rate"]
+
+    def line(what, of, prefix=""):
+        gap, iops = ([x[prefix + key] for x in of] for key in ("worst_gap_ms", "writer_iops"))
+        return [what, spread(gap, 1, " ms"), spread(iops, 0)]
+
+    def speed(of):
+        return spread([x["seconds"] for x in of], 2, " s")
+
     lines = table(
         ["one client writes 4 KiB blocks, one after another", "its longest time without an answer",
          "its writes per second"],
-        [f"for {l['idle_seconds']:.1f} s before the merge", f"{l['idle_worst_gap_ms']:.1f} ms",
-         f"{l['idle_writer_iops']:.0f}"],
-        [f"while a snapshot is deleted that moves {l['moved'] / MIB:.0f} MiB "
-         f"({l['seconds']:.2f} s, {l['moved'] / l['seconds'] / 1e6:.0f} MB/s)",
-         f"{l['worst_gap_ms']:.1f} ms", f"{l['writer_iops']:.0f}"])
-    lines += ["", *timeline(l["timeline"]), ""]
+        line(f"for {runs[-1]['idle_seconds']:.1f} s before the merge", runs, "idle_"),
+        line(f"while a snapshot is deleted that moves {runs[-1]['moved'] / MIB:.0f} MiB, in "
+             f"{speed(runs)}", runs),
+        *([line(f"while qemu-storage-daemon commits {size / MIB:.0f} MiB, in {speed(results[QSD])}",
+                results[QSD])] if results[QSD] else []))
+    lines += ["", *timeline(runs[-1]["timeline"]), ""]
     off = results["offline"]
     pairs = [b / a for a, b in zip(off["ploop"], off["qemu-img commit"])]
     lines += table(
@@ -131,7 +214,11 @@ def report(results):
               "", f"A merge limited to {r['limit'] / MIB:.0f} MiB/s moved "
               f"{r['held'] / MIB:.1f} MiB/s ({(r['held'] / r['limit'] - 1) * 100:+.1f} %; goal: "
               "within 10 %)."]
-    return lines
+    met = [f"live merge of {size // MIB} MiB", f"≤ 0.6 × {QSD}", "its peer did not run", "–"]
+    if results[QSD]:
+        ours, theirs = (statistics.median(x["seconds"] for x in results[k]) for k in ("live", QSD))
+        met[2:] = f"{ours / theirs:.2f}", goals.yes(ours / theirs <= 0.6)
+    return lines + goals.lines(met)
 
 
 def timeline(rows, parts=8):

@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
 """Measures ploop beside its peers, in one run on one machine, and prints Markdown (and JSON).
 
-    tests/bench/run.py [--quick] [--json FILE] [--only SECTION,...] [--dir DIR]
+    tests/bench/run.py [--quick] [--json FILE] [--only SECTION,...] [--without PEER,...] [--dir DIR]
 
-Sections: io (fio over NBD, interleaved with qemu-nbd and nbdkit), clones (a thousand in one call),
-open (start to first read), depth (deep chains), idle (exports and clients at rest), live (snapshots
-of a disk that is written to), merge.
-Needs: fio, qemu-utils, nbdkit, libnbd-bin; builds the release binaries itself. A tool that is
-missing, or a peer that does not run, is an error: no ratio is printed without its peer.
+Sections: io (fio on data that is there), light (the same by a client that costs almost nothing),
+thin and cow (first writes, as a burst and with all of the bill), cold (reads that the cache does
+not have, and reads beside them), tcp, copy (nbdcopy), depth (deep chains), clones (a thousand in
+one call), open (start to first read), idle (exports and clients at rest), live (snapshots of a disk
+that is written to), merge. Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring),
+qemu-storage-daemon, nbdkit (file, cow, null), nbd-server (with copyonwrite).
+Needs: fio, qemu-utils, nbdkit, nbd-server, libnbd-bin; builds the release binaries itself. A tool
+that is missing, or a peer that does not run, is an error; a peer that is left out by --without has
+no ratio and no goal.
 
 Only ratios within one run mean something: the machine may be shared. Every server runs with the
-defaults a user gets, on the same file system, from a warm page cache, over a unix socket. Times are
-medians with their range.
+defaults a user gets, on the same file system, from a warm page cache, over a unix socket, taking
+turns with the others. Figures are medians with their range.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -23,18 +28,29 @@ from pathlib import Path
 sys.dont_write_bytecode = True  # not into the checkout
 
 import clones
+import cold
+import copying
 import depth
+import fresh
 import idle
+import lightly
 import live
 import merge
 import opening
+import servers
+import tcp
 import tools
 import traffic
 
 SECTIONS = {
-    "io": traffic.section, "clones": clones.section, "open": opening.section,
-    "depth": depth.section, "idle": idle.section, "live": live.section, "merge": merge.section,
+    "io": traffic.section, "light": lightly.section, "thin": fresh.thin, "cow": fresh.cow,
+    "cold": cold.section, "tcp": tcp.section, "copy": copying.section, "depth": depth.section,
+    "clones": clones.section, "open": opening.section, "idle": idle.section,
+    "live": live.section, "merge": merge.section,
 }
+
+
+QUICK = "A quick run: a look, with few rounds, little data and one peer of each program."
 
 
 def main():
@@ -42,6 +58,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
     parser.add_argument("--json", type=Path, help="all that was measured, into this file")
     parser.add_argument("--only", default=",".join(SECTIONS), help="some sections, by a comma")
+    parser.add_argument("--without", default="", help="peers that are not to run, by a comma")
     parser.add_argument("--dir", type=Path, help="where the work files go: the disk to measure on")
     parser.add_argument("--no-build", action="store_true", help="take the binaries as they are")
     args = parser.parse_args()
@@ -49,17 +66,22 @@ def main():
     for name in names:
         if name not in SECTIONS:
             parser.error(f"no section {name!r}: {', '.join(SECTIONS)}")
-    for tool in tools.PACKAGES:
-        tools.need(tool)
+    servers.leave_out(args.without.split(","))
+    tools.need()
     if not args.no_build:
         tools.build()
-    results = {}
-    for name in names:
-        with tempfile.TemporaryDirectory(prefix="ploop-bench-", dir=args.dir) as tmp:
-            lines, results[name] = SECTIONS[name](Path(tmp), args.quick)
-        print("\n".join(lines), "\n", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=1))
+    results = {"machine": tools.versions()}
+    print(f"{results['machine']}.", *([QUICK] if args.quick else []), "", sep="\n")
+    with tempfile.TemporaryDirectory(prefix="ploop-bench-", dir=args.dir) as top:
+        for name in names:
+            # What sections share stays beside their own directories to the end.
+            work = Path(top) / name
+            work.mkdir()
+            lines, results[name] = SECTIONS[name](work, args.quick)
+            shutil.rmtree(work)
+            print(f"## {name}\n", *lines, "", sep="\n", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1))
 
 
 main()

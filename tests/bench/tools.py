@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -12,15 +13,18 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 PLOOP = TOP / "target/release/ploop"
 PLOOPD = TOP / "target/release/ploopd"
+LIGHT = TOP / "target/release/light"
 PACKAGES = {
     "fio": "fio", "qemu-nbd": "qemu-utils", "qemu-img": "qemu-utils", "qemu-io": "qemu-utils",
-    "nbdkit": "nbdkit", "nbdinfo": "libnbd-bin", "mke2fs": "e2fsprogs",
+    "qemu-storage-daemon": "qemu-utils", "nbdkit": "nbdkit", "nbd-server": "nbd-server",
+    "nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "mke2fs": "e2fsprogs",
 }
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CLUSTER = 64 * KIB
@@ -28,16 +32,29 @@ CLUSTER = 64 * KIB
 
 # ------------------------------------------------------------------------------------- programs
 
-def need(tool):
-    path = shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
-    if not path:
-        sys.exit(f"{tool} is required: apt-get install {PACKAGES[tool]}")
-    return path
+def need():
+    """Every tool, or the line that installs what is missing."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    missing = [tool for tool in PACKAGES if not shutil.which(tool)]
+    if missing:
+        packages = sorted({PACKAGES[tool] for tool in missing})
+        sys.exit(f"{', '.join(missing)}: required; apt-get install {' '.join(packages)}")
 
 
 def build():
-    crates = ["-p", "ploop-cli", "-p", "ploop-nbd-server"]
-    subprocess.run(["cargo", "build", "--release", "-q", *crates], cwd=TOP, check=True)
+    """The programs as users build them, and the light client."""
+    crates = ["-p", "ploop-cli", "-p", "ploop-nbd-server", "-p", "ploop-tests"]
+    subprocess.run(["cargo", "build", "--release", "-q", "--bins", *crates], cwd=TOP, check=True)
+
+
+def versions():
+    """The machine and the programs, in a line."""
+    words = [f"{os.cpu_count()} processors", f"Linux {os.uname().release}"]
+    for tool in ("qemu-nbd", "nbdkit", "nbd-server", "fio", "nbdcopy"):
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True)
+        number = re.search(r"\d+\.\d+[\d.]*", done.stdout + done.stderr)
+        words.append(f"{tool} {number[0] if number else '?'}")
+    return ", ".join(words)
 
 
 def run(*command, **kw):
@@ -54,28 +71,82 @@ def timed(*command, **kw):
     return time.perf_counter() - began
 
 
+class Daemonized:
+    """A server that went into the background and left its pid in a file; ended like a child."""
+
+    def __init__(self, command, pid_file):
+        run(*command)
+        while not (text := pid_file.read_text().strip() if pid_file.exists() else ""):
+            time.sleep(0.001)
+        self.pid, self.returncode = int(text), 0
+
+    def poll(self):
+        with contextlib.suppress(FileNotFoundError):
+            state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            return 0 if state == "Z" else None
+        return 0
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.001)
+        return 0
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def rest(self):
+        """Waits for the process that had the first connection, which was there only to look:
+        nbd-server's takes a while over a client that goes without a word."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        while children.read_text():
+            time.sleep(0.005)
+
+
+def answers(place):
+    """True when somebody listens at a unix socket, or at a port of 127.0.0.1."""
+    tcp = isinstance(place, int)
+    family, address = (socket.AF_INET, ("127.0.0.1", place)) if tcp else (
+        socket.AF_UNIX, str(place))
+    with contextlib.suppress(OSError), socket.socket(family) as s:
+        s.connect(address)
+        return True
+    return False
+
+
 @contextlib.contextmanager
-def serving(command, sock, log=None):
-    """A server that listens on `sock` while the block runs; what it logs goes to the file `log`."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(sock)
-    with open(log, "w") if log else contextlib.nullcontext() as err:
-        child = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=err)
+def serving(command, place, log=None, pid_file=None, env=None):
+    """A server that listens at `place` while the block runs; what it logs goes to the file `log`.
+    Afterwards its `stop_seconds` say how long it took to end in order."""
+    if not isinstance(place, int):
+        Path(place).unlink(missing_ok=True)
+    command = [str(c) for c in command]
+    err = open(log, "w+b") if log else tempfile.TemporaryFile()
+    child = Daemonized(command, pid_file) if pid_file else subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=err, env=env)
+
+    def give_up(why):
+        err.seek(0)
+        sys.exit(f"{command}: {why}\n{err.read().decode(errors='replace')}")
+
     try:
         for _ in range(20000):
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as s:
-                s.connect(str(sock))
+            if answers(place):
                 break
             if child.poll() is not None:
-                sys.exit(f"{command}: ended with {child.returncode}")
+                give_up(f"ended with {child.returncode}")
             time.sleep(0.0005)
         else:
-            sys.exit(f"{command}: does not listen")
+            give_up("does not listen")
+        if pid_file:
+            child.rest()
         yield child
     finally:
+        began = time.perf_counter()
         child.send_signal(signal.SIGTERM)
         if child.wait() not in (0, -signal.SIGTERM):
-            sys.exit(f"{command}: exit {child.returncode}")
+            give_up(f"exit {child.returncode}")
+        child.stop_seconds = time.perf_counter() - began
+        err.close()
 
 
 @contextlib.contextmanager
@@ -99,18 +170,30 @@ class Api:
         self.http.sock.connect(str(self.path))
         self.used = time.monotonic()
 
-    def ask(self, method, path, body=None):
+    def exchange(self, method, path, body=None, headers=None):
         if time.monotonic() - self.used > 2:  # the server lets go of one that is idle
             self.connect()
-        body = None if body is None else json.dumps(body)
-        headers = {"content-type": "application/json"} if body else {}
-        self.http.request(method, path, body, headers)
+        self.http.request(method, path, body, headers or {})
         answer = self.http.getresponse()
-        text = answer.read()
+        text = answer.read().decode()
         self.used = time.monotonic()
         if answer.status >= 300:
-            sys.exit(f"{method} {path}: {answer.status} {text.decode()}")
-        return json.loads(text)
+            sys.exit(f"{method} {path}: {answer.status} {text}")
+        return text
+
+    def ask(self, method, path, body=None):
+        body = None if body is None else json.dumps(body)
+        headers = {"content-type": "application/json"} if body else {}
+        return json.loads(self.exchange(method, path, body, headers))
+
+    def metrics(self):
+        """The durability counters of `/metrics` (syncs, journal, flushes), each summed up over its
+        labels, and the engines that it names. What a build does not count is not there."""
+        text, counters = self.exchange("GET", "/metrics"), {}
+        for line in text.splitlines():
+            if found := re.match(r"ploop_(\w*(?:sync|flush|journal)\w*)_total\b.* (\d+)$", line):
+                counters[found[1]] = counters.get(found[1], 0) + int(found[2])
+        return counters, sorted(set(re.findall(r'\bengine="([^"]*)"', text)))
 
     def snapshot(self, container, name):
         path = f"/v1/containers/{container}/snapshots"
@@ -146,9 +229,12 @@ class Client:
             if kind >> 31:
                 sys.exit(f"export {name}: {text.decode(errors='replace')}")
 
-    def greet(self, sock):
-        self.s = socket.socket(socket.AF_UNIX)
-        self.s.connect(str(sock))
+    def greet(self, place):
+        if isinstance(place, int):
+            self.s = socket.create_connection(("127.0.0.1", place))
+        else:
+            self.s = socket.socket(socket.AF_UNIX)
+            self.s.connect(str(place))
         self.take(18)
         self.s.sendall(struct.pack(">I", 3))
 
@@ -219,6 +305,14 @@ def list_exports(sock):
 NOISE = os.urandom(MIB)
 
 
+def pieces(size, every=1):
+    """(offset, data) to write `size` bytes with, 64 KiB at a time; or one MiB in `every`."""
+    for offset in range(0, size, CLUSTER):
+        if offset // MIB % every == 0:
+            start = offset // CLUSTER % 15 * CLUSTER
+            yield offset, NOISE[start:start + CLUSTER]
+
+
 def fill(clusters, seed=0):
     """(offset, data) to write these 64 KiB clusters with; neighbours go together."""
     at = random.Random(seed)
@@ -245,9 +339,13 @@ def memory_kib(pid):
 
 
 def cpu_seconds(pid):
-    """User and system time of a process."""
+    """User and system time of a process, its threads that ended and its children included."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    total = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            total += sum(map(cpu_seconds, children.read_text().split()))
+    return total
 
 
 def wakeups(pid):
@@ -280,6 +378,15 @@ def du(*paths):
     return sum(int(line.split()[0]) for line in run("du", "-s", "-B1", *paths).splitlines())
 
 
+def device_flushes(path):
+    """Cache flushes that the disk below `path` was asked for so far, by anybody; None where the
+    system does not count them."""
+    dev = os.stat(path).st_dev
+    stat = Path(f"/sys/dev/block/{os.major(dev)}:{os.minor(dev)}/stat")
+    fields = stat.read_text().split() if stat.exists() else []
+    return int(fields[15]) if len(fields) > 15 else None
+
+
 def settle():
     """Lets the disk do what earlier measurements left to it."""
     os.sync()
@@ -287,14 +394,30 @@ def settle():
 
 # --------------------------------------------------------------------------------------- figures
 
-def fio(uri, rw, bs, depth, seconds, *more):
+def fio_time(seconds):
+    """fio reads a fraction of a second as none."""
+    return f"{round(seconds * 1000)}ms"
+
+
+def fio(uri, rw, bs, depth, seconds, *more, jobs=1, ramp=0.3):
+    """One run of fio over NBD: its I/O per second, bytes per second, I/Os and flushes."""
     out = run("fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={bs}",
-              f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--ramp_time=0.3",
-              "--randrepeat=0", "--output-format=json", *more)
-    side = json.loads(out[out.index("{"):])["jobs"][0]["read" if "read" in rw else "write"]
-    if not side["total_ios"]:
+              f"--iodepth={depth}", f"--numjobs={jobs}", "--group_reporting", "--randrepeat=0",
+              f"--runtime={fio_time(seconds)}", f"--ramp_time={fio_time(ramp)}",
+              "--output-format=json", *more)
+    job = json.loads(out[out.index("{"):])["jobs"][0]
+    sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
+    if not sides:
         sys.exit(f"fio: no I/O done on {uri}")
-    return side
+    return {"iops": sum(s["iops"] for s in sides), "bytes": sum(s["bw_bytes"] for s in sides),
+            "ops": sum(s["total_ios"] for s in sides), "flushes": job["sync"]["total_ios"]}
+
+
+def light(address, export, op, **options):
+    """One run of the light client; see its source for the options."""
+    options = [word for key, value in options.items()
+               for word in ([f"--{key}"] if value is True else [f"--{key}", value])]
+    return json.loads(run(LIGHT, address, export, op, *options))
 
 
 def spread(values, digits=1, unit=""):
