@@ -176,7 +176,7 @@ FSYNC = Row("fsync after each 4k write to an empty disk, 4 jobs", "fio", "randwr
 
 
 def thin(work, quick):
-    size = 2 * GIB if quick else 8 * GIB
+    size = GIB if quick else 8 * GIB
     rounds, seconds = (2, 0.6) if quick else (5, 4)
     kind = Thin(work, size)
     # A quarter of the clusters: most writes are the first in theirs.

@@ -21,6 +21,7 @@ turns with the others. Figures are medians with their range.
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -66,6 +67,8 @@ def main():
     for name in names:
         if name not in SECTIONS:
             parser.error(f"no section {name!r}: {', '.join(SECTIONS)}")
+    # Ended from outside, servers in the background are ended, too, and the work files go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     servers.leave_out(args.without.split(","))
     tools.need()
     if not args.no_build:
