@@ -355,19 +355,24 @@ impl Disk {
 
     /// Clusters of the top that are not complete: how many, and the age that the next one gets.
     pub fn parts(&self) -> (usize, u64) {
-        let top = self.stack().top.clone();
-        top.map_or((0, 0), |top| (top.parts().count(), top.parts().next_seq()))
+        let stack = self.stack();
+        let parts = stack.top.as_ref().map(|top| top.parts());
+        parts.map_or((0, 0), |parts| (parts.count(), parts.next_seq()))
     }
 
     /// Completes clusters of the top that were begun before age `before` ([`Disk::parts`]), the
     /// lowest first, `limit` at most. Blocks for copies of them, and holds up nobody who does not
     /// write to the one at hand. Not durable before a flush. A read-only disk has none.
     pub fn complete(&self, before: u64, limit: usize) -> Result<()> {
-        let Some(top) = self.stack().top.clone() else {
-            return Ok(());
+        // A version is held, not its top alone: who waits for the last lease must see it.
+        let clusters = {
+            let stack = self.stack();
+            let Some(top) = &stack.top else {
+                return Ok(());
+            };
+            top.check_latch()?;
+            top.parts().older_than(before)
         };
-        top.check_latch()?;
-        let clusters = top.parts().older_than(before);
         for cluster in clusters.into_iter().take(limit) {
             self.complete_cluster(cluster)?;
         }
