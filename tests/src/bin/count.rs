@@ -98,8 +98,9 @@ fn disk(written: bool) -> Arc<dyn Device> {
         Disk::writable(below, top, None).unwrap()
     };
     let fill = |disk: &Disk| {
+        let bytes = vec![9; CLUSTER as usize];
         for k in 0..CLUSTERS {
-            disk.write(k * CLUSTER, &[9; CLUSTER as usize]).unwrap();
+            disk.write(k * CLUSTER, &bytes).unwrap();
         }
     };
     let template = open("/template", None);
