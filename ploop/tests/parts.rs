@@ -18,15 +18,15 @@ use ploop::verify::{Class, class_of, scan_image};
 
 const CLUSTER: u64 = 64 * 1024;
 
-/// A disk of `clusters` over a base that holds 0xBB in every byte.
-fn over_a_base(store: &Arc<dyn Store>, clusters: u64) -> Disk {
+/// A disk of `clusters` over a base that holds 0xBB in the first `filled` bytes of each.
+fn over_a_base(store: &Arc<dyn Store>, clusters: u64, filled: u64) -> Disk {
     let header = Header::new(Version::V2, 128, clusters * 128).unwrap();
     for name in ["/base", "/top"] {
         fmt::create(store.as_ref(), Path::new(name), &header, 0o600).unwrap();
     }
     let base = open(store, "/base", None);
     for cluster in 0..clusters {
-        let bytes = vec![0xBB; CLUSTER as usize];
+        let bytes = vec![0xBB; filled as usize];
         base.write(cluster * CLUSTER, &bytes).unwrap();
     }
     base.close().unwrap();
@@ -59,7 +59,7 @@ fn data_written(record: &RecordingStore) -> u64 {
 #[test]
 fn a_first_write_copies_nothing_of_the_rest() {
     let record = RecordingStore::new();
-    let disk = over_a_base(&record.store(), 8);
+    let disk = over_a_base(&record.store(), 8, CLUSTER);
     disk.write(CLUSTER + 4096, &[1; 4096]).unwrap();
     disk.write(3 * CLUSTER + 512, &[2; 512]).unwrap();
     assert_eq!(data_written(&record), 4096 + 4096, "a granule each");
@@ -82,7 +82,7 @@ fn a_first_write_copies_nothing_of_the_rest() {
 #[test]
 fn a_cluster_that_is_written_throughout_is_complete_without_a_copy() {
     let record = RecordingStore::new();
-    let disk = over_a_base(&record.store(), 4);
+    let disk = over_a_base(&record.store(), 4, CLUSTER);
     for at in (0..2 * CLUSTER).step_by(8192) {
         disk.write(at, &[3; 8192]).unwrap();
     }
@@ -96,7 +96,7 @@ fn a_cluster_that_is_written_throughout_is_complete_without_a_copy() {
 fn parts_are_bounded() {
     let record = RecordingStore::new();
     let clusters = PARTS_MAX as u64 + 10;
-    let disk = over_a_base(&record.store(), clusters);
+    let disk = over_a_base(&record.store(), clusters, 4096);
     for cluster in 0..clusters {
         disk.write(cluster * CLUSTER + 8192, &[1; 512]).unwrap();
     }
@@ -121,7 +121,7 @@ fn parts_are_bounded() {
 #[test]
 fn clusters_are_completed_under_their_readers_and_writers() {
     let record = RecordingStore::new();
-    let disk = over_a_base(&record.store(), 24);
+    let disk = over_a_base(&record.store(), 24, CLUSTER);
     let done = AtomicBool::new(false);
     let sectors = 24 * CLUSTER / 512;
     std::thread::scope(|scope| {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::Stack;
 use crate::device::{Layers, Pending, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment};
 use crate::error::{Error, Kind, Result};
-use crate::format::ploop::parts::{GRANULE, Granules, PARTS_MAX, Part};
+use crate::format::ploop::parts::{self, GRANULE, Granules, Part};
 use crate::format::ploop::top::{Found, Top};
 
 /// Bytes copied at a time when a cluster is completed from below. Small pieces on purpose: on ext4
@@ -251,7 +251,7 @@ impl Stack {
         if present.full() {
             return Ok(new.offset);
         }
-        if top.parts().count() >= PARTS_MAX {
+        if top.parts().count() >= parts::most(self.cluster) {
             for missing in present.missing() {
                 self.fill(&guest, missing, new.offset)?;
             }

@@ -4,8 +4,9 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use ploop::device::Device;
 use ploop::disk::Disk;
-use ploop::format::ploop::parts::PARTS_MAX;
+use ploop::format::ploop::parts;
 
 use super::OpenDisk;
 
@@ -86,7 +87,7 @@ fn look(watched: &mut Watched) -> bool {
             return false;
         };
         let disk = &open.disk;
-        let before = match disk.parts().0 > PARTS_MAX / 2 {
+        let before = match disk.parts().0 > parts::most(disk.cluster_bytes()) / 2 {
             // Writers are about to complete clusters themselves.
             true => u64::MAX,
             false => due,

@@ -20,8 +20,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Bytes of a granule. A cluster that is no multiple of it is completed at once.
 pub const GRANULE: u64 = 4096;
-/// Parts of one image, at most: bounds what a flush has to copy, and memory.
-pub const PARTS_MAX: usize = 4096;
+/// Parts of one image, at most: bounds memory (100 bytes each).
+pub const PARTS_MAX: usize = 16 << 10;
+/// Bytes of the clusters of all parts, at most: bounds what a flush has to copy.
+pub const PARTS_BYTES: u64 = 1 << 30;
+
+/// How many parts an image with clusters of `cluster` bytes may have.
+pub fn most(cluster: u64) -> usize {
+    usize::try_from(PARTS_BYTES / cluster).map_or(PARTS_MAX, |n| n.clamp(1, PARTS_MAX))
+}
 
 const SHARDS: usize = 16;
 
