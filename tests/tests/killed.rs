@@ -183,7 +183,7 @@ fn what_was_flushed_survives_every_kill() {
     rig.run(["template", "import", "base", raw, "--from", "raw"]);
     rig.run(["create", "ct", "--template", "base"]);
     let mut writers: Vec<Writer> = (0..WRITERS).map(|n| Writer::new(n, seed)).collect();
-    for round in 0..env("PLOOP_KILLS", 10) {
+    for round in 0..env("PLOOP_KILLS", 6) {
         let daemon = Daemon::start(&rig);
         let life = match rng.below(5) {
             // Long enough for clusters to be completed in the background.

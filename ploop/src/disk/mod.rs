@@ -360,9 +360,9 @@ impl Disk {
         parts.map_or((0, 0), |parts| (parts.count(), parts.next_seq()))
     }
 
-    /// Completes clusters of the top that were begun before age `before` ([`Disk::parts`]), the
-    /// lowest first, `limit` at most. Blocks for copies of them, and holds up nobody who does not
-    /// write to the one at hand. Not durable before a flush. A read-only disk has none.
+    /// Completes clusters of the top that were begun before age `before` ([`Disk::parts`]), `limit`
+    /// at most. Blocks for copies of them, and holds up nobody who does not write to the one at hand.
+    /// Not durable before a flush. A read-only disk has none.
     pub fn complete(&self, before: u64, limit: usize) -> Result<()> {
         // A version is held, not its top alone: who waits for the last lease must see it.
         let clusters = {
@@ -371,9 +371,9 @@ impl Disk {
                 return Ok(());
             };
             top.check_latch()?;
-            top.parts().older_than(before)
+            top.parts().older_than(before, limit)
         };
-        for cluster in clusters.into_iter().take(limit) {
+        for cluster in clusters {
             self.complete_cluster(cluster)?;
         }
         Ok(())

@@ -165,8 +165,8 @@ impl Parts {
         }
     }
 
-    /// The guest clusters of parts older than `seq`, ascending.
-    pub fn older_than(&self, seq: u64) -> Vec<u64> {
+    /// The guest clusters of parts older than `seq`, `limit` of them at most, ascending.
+    pub fn older_than(&self, seq: u64, limit: usize) -> Vec<u64> {
         let mut out = Vec::new();
         if self.count() == 0 {
             return out;
@@ -174,7 +174,7 @@ impl Parts {
         for shard in &self.shards {
             let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             let old = shard.iter().filter(|(_, part)| part.seq < seq);
-            out.extend(old.map(|(&cluster, _)| cluster));
+            out.extend(old.map(|(&cluster, _)| cluster).take(limit - out.len()));
         }
         out.sort_unstable();
         out
@@ -207,10 +207,11 @@ mod tests {
             parts.insert(cluster, Part::new(0, Granules::none(16)));
         }
         assert_eq!((parts.count(), parts.next_seq()), (3, 3));
-        assert_eq!(parts.older_than(2), [4, 9]);
+        assert_eq!(parts.older_than(2, 9), [4, 9]);
         parts.remove(4);
         parts.remove(4);
-        assert_eq!(parts.older_than(9), [9, 77]);
+        assert_eq!(parts.older_than(9, 9), [9, 77]);
+        assert_eq!(parts.older_than(9, 1).len(), 1);
         assert_eq!(parts.count(), 2);
     }
 }
