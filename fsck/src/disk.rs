@@ -21,9 +21,9 @@ use ploop::store::{Access, FileId};
 use ploop::verify::Class;
 use ploop::{Error, Kind, Result};
 
-use crate::image;
 use crate::names::{confined, leftovers};
 use crate::report::Findings;
+use crate::{image, journal};
 
 /// Volumes above each other, at most.
 const VOLUMES_MAX: usize = 256;
@@ -116,6 +116,7 @@ impl Checker<'_> {
         let Some(header) = image::check(file.as_ref(), self.found)? else {
             return Ok(None);
         };
+        journal::check(store, &real, file.as_ref(), &header, self.found)?;
         if header.cluster_sectors != self.cluster_sectors {
             let what = format!(
                 "clusters of {} sectors, the descriptor says {}",

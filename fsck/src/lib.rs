@@ -21,6 +21,7 @@
 
 mod disk;
 mod image;
+mod journal;
 mod names;
 mod qcow2;
 mod report;
@@ -85,7 +86,9 @@ fn check_image(
         Format::Qcow2 => qcow2::check(store.as_ref(), &real, options, found),
         Format::Ploop => {
             lock_image(file.as_ref(), Use::Read)?;
-            image::check(file.as_ref(), found)?;
+            if let Some(header) = image::check(file.as_ref(), found)? {
+                journal::check(store, &real, file.as_ref(), &header, found)?;
+            }
             image::check_backup(store.as_ref(), &real, found)
         }
     }

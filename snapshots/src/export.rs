@@ -21,6 +21,7 @@ use ploop::descriptor::{Descriptor, Encryption, Guid, Image, ImageKind, Shot, Te
 use ploop::disk::info::data_bytes;
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
+use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::locks::{DiskLock, Use, lock_image};
 use ploop::store::{Access, SECTOR, Store, StoreFile, read_or_zero};
@@ -158,7 +159,10 @@ fn open(place: &Place<'_>, node: Option<Guid>) -> Result<(Plan, Files, Option<Di
     let d = place.descriptor()?;
     let with_top = node.is_none_or(|node| node == d.top);
     let held = match with_top {
-        true => place.lock()?,
+        true => {
+            place.replay(&d)?;
+            place.lock()?
+        }
         false => None,
     };
     let mut tries = 0;
@@ -291,6 +295,15 @@ impl Plan {
         let open = |node: &Planned| {
             let file = place.store().open(&node.path, Access::Read)?;
             lock_image(file.as_ref(), Use::Read)?;
+            let home = Home::of(place.opener().store(), &node.path);
+            if let Some(home) = home.filter(|_| !node.raw)
+                && home.exists()?
+            {
+                let what = "the image was not closed, and what was flushed last is in its journal";
+                return Err(Error::new(Kind::InUse, what)
+                    .on(&node.path)
+                    .fix("Serve that disk once and stop the server, then export"));
+            }
             Ok(file)
         };
         self.nodes.iter().map(open).collect()

@@ -11,6 +11,7 @@ use ploop::descriptor::{Descriptor, Guid, Image, Temporary, new_delta_file_name}
 use ploop::disk::Disk;
 use ploop::disk::open::{DESCRIPTOR, MERGING, OpenOptions, Opener, Source};
 use ploop::error::{Error, Kind, Result};
+use ploop::format::ploop::journal::{self, Home};
 use ploop::locks::DiskLock;
 use ploop::store::Store;
 
@@ -189,6 +190,25 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// Removes an image of the directory with its journal; what is not there is fine.
+    pub(crate) fn forget_image(&self, name: &str) -> Result<()> {
+        if let Some(home) = Home::of(self.opener.store(), &self.dir.join(name)) {
+            home.forget()?;
+        }
+        self.forget_file(name)
+    }
+
+    /// Opens and closes a disk whose top was not closed and has a journal: from then on the image
+    /// says all. Another is not touched. Errors: those of opening; `InUse`.
+    pub(crate) fn replay(&self, d: &Descriptor) -> Result<()> {
+        let image = d.image(d.top).filter(|i| Place::owns(i));
+        let home = image.and_then(|i| Home::of(self.opener.store(), &self.dir.join(&i.file)));
+        match home {
+            Some(home) if home.exists()? => self.open()?.close(),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a file of the directory by its path; one that is not there is fine.
     pub(crate) fn forget_side(&self, path: &Path) -> Result<()> {
         match self.store().remove_file(path) {
@@ -204,7 +224,7 @@ impl<'a> Place<'a> {
             return Ok(());
         }
         if !file.contains('/') {
-            return self.forget_file(file);
+            return self.forget_image(file);
         }
         match self.root {
             Some(root) => {
@@ -266,7 +286,7 @@ impl<'a> Place<'a> {
         }
         for file in left {
             if !file.contains('/') {
-                self.forget_file(&file)?;
+                self.forget_image(&file)?;
             }
             meta.files.remove(&file);
         }
@@ -274,16 +294,18 @@ impl<'a> Place<'a> {
         self.set_meta(&meta)
     }
 
-    /// The markers of merges whose node is gone.
+    /// The markers of merges whose node is gone, and journals of images that are not the top.
     fn stale_markers(&self, d: &Descriptor) -> Result<Vec<PathBuf>> {
         let side = self.dir.join(".ploop");
         if self.store().kind(&side)?.is_none() {
             return Ok(Vec::new());
         }
         let gone = |g: &str| Guid::parse(g).is_ok_and(|g| d.shot(g).is_none());
+        let top = |name: &str| d.image(d.top).is_some_and(|i| i.file == name);
         let is_stale = |name: &Path| {
-            let guid = name.to_str().and_then(|n| n.strip_prefix(MERGING));
-            guid.is_some_and(gone)
+            name.to_str().is_some_and(|name| {
+                name.strip_prefix(MERGING).is_some_and(gone) || journal::is_stale(name, top)
+            })
         };
         let names = self.store().list(&side)?;
         let stale = names.iter().filter(|n| is_stale(n));

@@ -12,6 +12,7 @@ use ploop::disk::Disk;
 use ploop::disk::live::Sealing;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::header::IN_USE_DIRTY;
+use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create as create_image};
 use ploop::locks::{Use, lock_image};
@@ -276,7 +277,8 @@ fn prepare_files(live: Live<'_>, next: &Descriptor, file: &str) -> Result<Top> {
     place.store().sync_dir(place.dir())?;
     place.stage(next)?;
     live.disk.flush()?;
-    Ok(Top::fresh(new, &header))
+    let home = Home::of(place.opener().store(), &place.dir().join(file));
+    Ok(Top::fresh(new, &header, home))
 }
 
 /// Enters a snapshot, and the file that is made with it.

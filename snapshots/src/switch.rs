@@ -14,6 +14,7 @@ use ploop::descriptor::{Descriptor, Guid, Image, Temporary};
 use ploop::disk::info::data_bytes;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::delta::read_header;
+use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create};
 use ploop::locks::{Use, lock_image};
@@ -92,6 +93,11 @@ pub struct Kept {
 /// read-only volume; `Unsupported` for a disk whose top is a raw image.
 pub fn switch(place: &Place<'_>, options: &SwitchOptions) -> Result<Switched> {
     // 1.
+    match place.replay(&place.descriptor()?) {
+        // What cannot be opened is kept, or discarded, as it is.
+        Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported | Kind::NotFound) => {}
+        replayed => replayed?,
+    }
     let _held = place.lock()?;
     place.sweep()?;
     if options.discard && place.root().is_some() {
@@ -222,7 +228,8 @@ impl OldTop {
             file => file?,
         };
         lock_image(file.as_ref(), Use::Write)?;
-        match Top::open(file.clone()) {
+        let home = Home::of(place.opener().store(), file.path());
+        match Top::open_at(file.clone(), home) {
             Ok(top) => old.top = Some(top),
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 old.damage = Some(e.to_string());
@@ -366,7 +373,7 @@ impl Plan {
 
     /// Step 5.
     fn forget(&self, place: &Place<'_>, file: &str) -> Result<()> {
-        place.forget_file(file)?;
+        place.forget_image(file)?;
         place.store().sync_dir(place.dir())?;
         let mut meta = self.meta.clone();
         meta.files.remove(file);

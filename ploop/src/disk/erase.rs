@@ -53,7 +53,7 @@ impl Stack {
 
     /// Zeroes clusters of the top from the start of `range` on, as many as follow each other in the
     /// file; returns where it stopped.
-    fn erase_mapped(&self, range: Range<u64>, how: How) -> Result<u64> {
+    fn erase_mapped(self: &Arc<Self>, range: Range<u64>, how: How) -> Result<u64> {
         let top = self.top()?;
         let Some(first) = top.lookup(range.start / self.cluster)? else {
             return Ok(range.start);
@@ -69,6 +69,10 @@ impl Stack {
         }
         top.before_change()?;
         let len = stop - range.start;
+        let mut clusters = range.start / self.cluster..stop.div_ceil(self.cluster);
+        if !how.keep_space() && clusters.any(|k| top.keeps_room(k)) {
+            top.flush_or(&|| self.complete_parts())?;
+        }
         if how.keep_space() {
             top.file().zero(start, len)?;
         } else {

@@ -233,9 +233,7 @@ impl Barrier<'_> {
 impl Sealing {
     /// Completes what was the top, makes it durable and closes it. Blocks for its dirty data.
     pub fn seal(&self) -> Result<()> {
-        for cluster in self.seal.top.parts().older_than(u64::MAX, usize::MAX) {
-            self.before.complete_part(cluster, &(0..0))?;
-        }
+        self.before.complete_parts()?;
         self.seal.top.close()
     }
 

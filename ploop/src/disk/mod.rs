@@ -440,10 +440,14 @@ impl Device for Disk {
     }
 
     fn flush(&self) -> Result<()> {
-        // Only complete clusters get an entry. What a barrier comes in between of, it completes.
-        self.complete(u64::MAX, usize::MAX)?;
+        // Only complete clusters get an entry; the others a journal keeps, where there can be one.
+        // What a barrier comes in between of, it completes.
+        if !self.stack().top.as_ref().is_some_and(|top| top.journals()) {
+            self.complete(u64::MAX, usize::MAX)?;
+        }
         let stack = self.committed()?;
-        stack.top.as_ref().map_or(Ok(()), |top| top.flush())
+        let top = stack.top.as_ref();
+        top.map_or(Ok(()), |top| top.flush_or(&|| stack.complete_parts()))
     }
 
     fn allocation(&self, range: Range<u64>, limit: usize, out: &mut Vec<Extent>) -> Result<()> {

@@ -20,6 +20,7 @@ use crate::descriptor::{Descriptor, Guid, Temporary};
 use crate::error::{Error, Kind, Result};
 use crate::format::Delta;
 use crate::format::ploop::header::has_signature;
+use crate::format::ploop::journal::{self, Home};
 use crate::format::ploop::top::Top;
 use crate::format::ploop::{Header, PloopDelta};
 use crate::format::qcow2;
@@ -44,6 +45,7 @@ pub struct Opener {
     cache: LayerCache,
     disk_locks: bool,
     control: Option<PathBuf>,
+    journal_limit: u64,
 }
 
 impl Opener {
@@ -62,7 +64,22 @@ impl Opener {
             cache: LayerCache::default(),
             disk_locks: false,
             control: None,
+            journal_limit: journal::LIMIT,
         }
+    }
+
+    /// The same; a disk's journal is begun anew after `bytes` of records, instead of
+    /// [`journal::LIMIT`].
+    #[must_use]
+    pub fn with_journal_limit(mut self, bytes: u64) -> Opener {
+        self.journal_limit = bytes;
+        self
+    }
+
+    /// Where the journal of the image at `path` is.
+    fn home(&self, path: &Path) -> Option<Home> {
+        let home = Home::of(&self.store, path)?;
+        Some(home.with_limit(self.journal_limit))
     }
 
     /// The same, in a process that answers the control API at `socket`: the lock of every disk that
@@ -117,7 +134,9 @@ impl Opener {
         }
         let file = self.store.open(&real, Access::Write)?;
         lock_image(file.as_ref(), Use::Write)?;
-        Disk::writable(None, Top::open(file)?, None)
+        let home = self.home(&real).map(Home::if_there);
+        let home = home.transpose()?;
+        Disk::writable(None, Top::open_at(file, home)?, None)
     }
 
     fn open_qcow2(&self, real: &Path, options: &OpenOptions) -> Result<Vec<Arc<dyn Delta>>> {
@@ -181,7 +200,7 @@ impl Opener {
             let file = self.store.open(real, Access::Read)?;
             lock_image(file.as_ref(), Use::Read)?;
             Ok(match ploop {
-                Some(0) => Arc::new(PloopDelta::open(file)?),
+                Some(0) => Arc::new(PloopDelta::open_at(file, self.home(real))?),
                 Some(cluster) => Arc::new(RawDelta::with_cluster(file, cluster)?),
                 None => Arc::new(RawDelta::new(file)?),
             })
@@ -298,7 +317,9 @@ impl Opener {
         };
         let file = self.store.open(&top, Access::Write)?;
         lock_image(file.as_ref(), Use::Write)?;
-        let top = Top::open(file)?;
+        // An image elsewhere, or of another disk, has no journal here.
+        let home = self.home(&top).filter(|_| top.parent() == Some(dir));
+        let top = Top::open_at(file, home)?;
         same_cluster(top.header(), top.file().as_ref(), files.cluster_sectors)?;
         if let Some(chain) = &below {
             same_version(chain.deltas(), top.header(), top.file().as_ref())?;

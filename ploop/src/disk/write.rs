@@ -325,6 +325,15 @@ impl Stack {
         start..(start + self.cluster).min(self.size)
     }
 
+    /// Completes all clusters that are there in part.
+    pub(super) fn complete_parts(self: &Arc<Self>) -> Result<()> {
+        let parts = self.top()?.parts();
+        for cluster in parts.older_than(u64::MAX, usize::MAX) {
+            self.complete_part(cluster, &(0..0))?;
+        }
+        Ok(())
+    }
+
     /// Copies what is missing of a cluster that is there in part, `except` whole granules of a range
     /// that is to be zeroed; enters it. Nothing to do for any other cluster.
     pub(super) fn complete_part(self: &Arc<Self>, cluster: u64, except: &Range<u64>) -> Result<()> {
@@ -350,8 +359,9 @@ impl Stack {
         if part.soiled {
             for missing in part.present.missing() {
                 let len = (missing.end - missing.start) * GRANULE;
+                // The room stays: it was taken so that this cannot fail for want of it.
                 top.file()
-                    .punch(part.offset + missing.start * GRANULE, len)?;
+                    .zero(part.offset + missing.start * GRANULE, len)?;
             }
         }
         for missing in present.missing() {

@@ -74,6 +74,22 @@ impl Used {
         &self.ranges
     }
 
+    /// These, and `more`, in any order.
+    #[must_use]
+    pub fn with(&self, more: &[u32]) -> Used {
+        let singles = more.iter().map(|&c| c..c + 1);
+        let mut all: Vec<Range<u32>> = self.ranges.iter().cloned().chain(singles).collect();
+        all.sort_unstable_by_key(|r| r.start);
+        let mut ranges: Vec<Range<u32>> = Vec::new();
+        for range in all {
+            match ranges.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => ranges.push(range),
+            }
+        }
+        Used { ranges }
+    }
+
     /// The cluster behind the last one in use.
     pub fn end(&self) -> u64 {
         self.ranges.last().map_or(0, |r| u64::from(r.end))
@@ -120,6 +136,7 @@ mod tests {
         assert_eq!(pairs, [(1, 4), (3, 5)]);
         assert_eq!(used.ranges(), [2..3, 5..11]);
         assert_eq!((used.count(), used.end()), (7, 11));
+        assert_eq!(used.with(&[11, 0, 3]).ranges(), [0..1, 2..4, 5..12]);
         let named: Vec<u64> = (0..12).filter(|&c| used.contains(c)).collect();
         assert_eq!(named, [2, 5, 6, 7, 8, 9, 10]);
     }

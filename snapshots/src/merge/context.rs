@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use ploop::chain::Chain;
 use ploop::descriptor::{Descriptor, Guid, ImageKind};
+use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::disk::open::MERGING;
 use ploop::disk::write::adopt;
@@ -291,7 +292,10 @@ impl Context {
                 moved.extend(places);
             }
         }
-        self.upper.flush()?;
+        match self.at {
+            Where::Top => disk.flush()?,
+            _ => self.upper.flush()?,
+        }
         let Some(file) = self.lower.own_file() else {
             return Ok(());
         };
@@ -375,7 +379,7 @@ impl Context {
         // 1.
         match (self.direction, self.at, &self.lower) {
             (Direction::Down, _, Lower::Ploop(lower)) => lower.close()?,
-            (Direction::Up, Where::Top, _) => self.upper.flush()?,
+            (Direction::Up, Where::Top, _) => disk.flush()?,
             _ => self.upper.close()?,
         }
         // 2. and 3.

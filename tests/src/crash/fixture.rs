@@ -166,7 +166,9 @@ impl Fixture {
             write,
             ..OpenOptions::default()
         };
-        Opener::on(store.clone()).open(&source, &options)
+        // Every third flush with parts begins a new journal.
+        let opener = Opener::on(store.clone()).with_journal_limit(1024);
+        opener.open(&source, &options)
     }
 
     /// The writable image's file in `store`, for looking at.

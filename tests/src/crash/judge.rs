@@ -8,9 +8,13 @@
 //! | Does it open for writing, reading the same? | 1, 3 |
 //! | Written, flushed, closed and opened again: is it those bytes, and clean? | 1, 3, 7 |
 
+use std::sync::Arc;
+
 use ploop::device::Device;
+use ploop::format::ploop::journal::{self, Home};
+use ploop::store::Store;
 use ploop::store::memory::MemoryStore;
-use ploop::verify::{Class, FindingKind, ImageScan, class_of, scan_image};
+use ploop::verify::{Class, FindingKind, ImageScan, Used, class_of, scan_image};
 
 use super::fixture::{Fixture, words_of};
 use super::history::{View, payload, word};
@@ -95,6 +99,7 @@ fn work(
         let what = what.to_owned();
         move |e: ploop::Error| format!("{what}: {e}")
     };
+    let used = before.used.with(&claimed(fx, state, before)?);
     let disk = fx.open(state, true).map_err(error("open for writing"))?;
     if words_of(&disk)? != words {
         return Err("opened for writing it reads other bytes than read-only".into());
@@ -125,7 +130,7 @@ fn work(
     drop(disk);
     let scan = scan_image(fx.top_file(state).as_ref()).map_err(error("check after close"))?;
     // A cluster that lost its entry in the crash lies between others until it is used again.
-    let was = hole_count(before);
+    let was = hole_count(&used);
     let worse = scan
         .findings
         .iter()
@@ -133,11 +138,9 @@ fn work(
     if let Some(f) = worse {
         return Err(format!("closed again it is not clean: {f:?}"));
     }
-    if hole_count(&scan) > was {
-        return Err(format!(
-            "{} free clusters between others, {was} before",
-            hole_count(&scan)
-        ));
+    let is = hole_count(&scan.used);
+    if is > was {
+        return Err(format!("{is} free clusters between others, {was} before"));
     }
     let disk = fx.open(state, false).map_err(error("open again"))?;
     match words_of(&disk)? == expect {
@@ -146,7 +149,16 @@ fn work(
     }
 }
 
+/// The clusters that only the journal names.
+fn claimed(fx: &Fixture, state: &MemoryStore, scan: &ImageScan) -> Result<Vec<u32>, String> {
+    let store: Arc<dyn Store> = Arc::new(state.clone());
+    let file = fx.top_file(state);
+    let home = Home::of(&store, file.path()).ok_or("no home")?;
+    let found = journal::find(&home, file.as_ref(), scan).map_err(|e| e.to_string())?;
+    Ok(found.map(|replay| replay.claimed).unwrap_or_default())
+}
+
 /// Clusters below the last one in use that no entry names.
-fn hole_count(scan: &ImageScan) -> usize {
-    (scan.used.end() - scan.used.count()) as usize
+fn hole_count(used: &Used) -> usize {
+    (used.end() - used.count()) as usize
 }

@@ -52,8 +52,19 @@ impl Sweep {
         store: &RecordingStore,
         history: &History,
     ) -> Result<Tally, String> {
+        self.check_from(0, fx, store, history)
+    }
+
+    /// The same, of the points from `first` on.
+    pub fn check_from(
+        &self,
+        first: usize,
+        fx: &Fixture,
+        store: &RecordingStore,
+        history: &History,
+    ) -> Result<Tally, String> {
         let mut tally = Tally::default();
-        for point in history.points() {
+        for point in history.points().into_iter().filter(|p| *p >= first) {
             let view = history.view(point);
             let states = store.states_at(point, &self.budget);
             tally.points += 1;

@@ -144,6 +144,33 @@ pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
             ],
         ),
         (
+            "a part over data, flushed, completed, flushed, closed",
+            vec![Write(c + 9, 1), Flush, Complete(9), Flush, Close],
+        ),
+        (
+            "parts over data, flushed, killed, closed",
+            vec![Write(c + 9, 1), Write(9, 1), Flush, Kill, Close],
+        ),
+        (
+            "parts over data, flushed, killed, more of them",
+            vec![
+                Write(c + 9, 1),
+                Flush,
+                Kill,
+                Write(c + 40, 1),
+                Write(9, 1),
+                Flush,
+                Close,
+            ],
+        ),
+        ("parts over data, flushed one by one, then zeroed", {
+            let write = |at| [Write(at, 1), Flush];
+            let all = [c + 9, c + 20, 9, c + 40, 2 * c + 30, 20];
+            let mut steps: Vec<Step> = all.into_iter().flat_map(write).collect();
+            steps.extend([Zero(c, c), Discard(0, c), Flush, Close]);
+            steps
+        }),
+        (
             "discard, then flush",
             vec![Write(4 * c, 4), Flush, Discard(4 * c, c), Flush, Close],
         ),
@@ -220,6 +247,12 @@ impl<'a> Runner<'a> {
             None => self.fixture.open_on(&self.store, true)?,
         };
         Ok(self.disk.insert(disk))
+    }
+
+    /// Kill -9, and nothing more: the next step opens the disk anew.
+    pub fn die(&mut self) {
+        self.disk = None;
+        self.history.death();
     }
 
     /// One step. An error is the disk's own.

@@ -174,6 +174,10 @@ impl World {
                 Some(guid) => d
                     .shot(Guid::parse(guid)?)
                     .is_some_and(|s| s.temporary != Temporary::No),
+                None if file.starts_with("journal.") => {
+                    let top = d.image(d.top).map(|i| format!("journal.{}", i.file));
+                    top.is_some_and(|top| top == file)
+                }
                 None => ["meta.json", "lock"].contains(&file.as_str()),
             };
             ensure!(right, "{}/.ploop/{file} is a leftover", dir.display());

@@ -8,9 +8,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::header::{FLAG_CONVERTING, HEADER_BYTES, Header, Unchecked, Version};
+use super::journal::{self, Home, Replay};
+use super::parts::{GRANULE, Part};
 use crate::error::{Error, Kind, Result};
 use crate::format::{Delta, Place, Run};
 use crate::store::{StoreFile, read_exact};
+use crate::verify::scan_image;
 
 /// BAT entries read at a time: 4 KiB.
 const SLICE: u64 = 1024;
@@ -90,6 +93,8 @@ pub struct PloopDelta {
     file: Arc<dyn StoreFile>,
     header: Header,
     file_len: u64,
+    /// What a journal says of an image that was not closed.
+    replay: Option<Box<Replay>>,
 }
 
 impl PloopDelta {
@@ -102,7 +107,37 @@ impl PloopDelta {
             file,
             header,
             file_len,
+            replay: None,
         })
+    }
+
+    /// The same, with what a journal at `home` says. Error: `Corrupt` for one that does not explain
+    /// the image.
+    pub fn open_at(file: Arc<dyn StoreFile>, home: Option<Home>) -> Result<PloopDelta> {
+        let mut delta = PloopDelta::open(file)?;
+        if let Some(home) = home
+            && home.exists()?
+        {
+            let scan = scan_image(delta.file.as_ref())?;
+            delta.replay = journal::find(&home, delta.file.as_ref(), &scan)?.map(Box::new);
+        }
+        Ok(delta)
+    }
+
+    fn part(&self, slot: u64) -> Option<&Part> {
+        let replay = self.replay.as_ref()?;
+        replay.parts.get(&u32::try_from(slot).ok()?)
+    }
+
+    fn replayed(&self, slot: u64, entry: u32) -> u32 {
+        match &self.replay {
+            Some(replay) if entry == 0 => {
+                let slot = u32::try_from(slot).ok();
+                let entry = slot.and_then(|slot| replay.entries.get(&slot));
+                entry.copied().unwrap_or(0)
+            }
+            _ => entry,
+        }
     }
 
     /// The checked header.
@@ -138,7 +173,14 @@ impl Delta for PloopDelta {
     }
 
     fn cluster_bytes(&self) -> u64 {
-        self.header.cluster_bytes()
+        match &self.replay {
+            Some(replay) if !replay.parts.is_empty() => GRANULE,
+            _ => self.header.cluster_bytes(),
+        }
+    }
+
+    fn shareable(&self) -> bool {
+        self.replay.is_none()
     }
 
     fn mapped_end(&self) -> u64 {
@@ -165,10 +207,15 @@ impl Delta for PloopDelta {
             let table = &mut slice[..stored as usize * 4];
             read_exact(self.file.as_ref(), table, Header::slot_offset(slot))?;
             for (i, raw) in slice.chunks_exact(4).enumerate() {
-                let entry = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
                 let here = slot + i as u64;
+                let entry = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+                let entry = self.replayed(here, entry);
                 let start = range.start.max(here * cluster);
                 let end = range.end.min((here + 1) * cluster);
+                if let Some(part) = self.part(here) {
+                    push_part(runs, part, here * cluster, start..end);
+                    continue;
+                }
                 let place = match self.place(here, entry) {
                     Place::File(offset) => Place::File(offset + (start - here * cluster)),
                     other => other,
@@ -204,6 +251,30 @@ impl Delta for PloopDelta {
                 .on(self.file.path())
                 .at(Header::slot_offset(slot)),
         }
+    }
+}
+
+/// Appends the runs of `range` in the cluster at guest byte `cluster`, which is there in part.
+fn push_part(runs: &mut Vec<Run>, part: &Part, cluster: u64, range: Range<u64>) {
+    let last = (range.end - cluster).div_ceil(GRANULE);
+    let mut at = range.start;
+    while at < range.end {
+        let (here, end) = part.present.run((at - cluster) / GRANULE, last);
+        let end = (cluster + end * GRANULE).min(range.end);
+        let place = match here {
+            true => Place::File(part.offset + (at - cluster)),
+            false => Place::Parent,
+        };
+        let len = end - at;
+        push(
+            runs,
+            Run {
+                offset: at,
+                len,
+                place,
+            },
+        );
+        at = end;
     }
 }
 

@@ -17,6 +17,7 @@ impl Top {
     /// gone. Returns (first byte, count) of each run of it. Only while nobody writes the image.
     pub fn take_out(&self, clusters: &[u64]) -> Result<Vec<(u64, u64)>> {
         self.before_change()?;
+        self.without_journal()?;
         self.flush()?;
         let bytes = self.header.cluster_bytes();
         let mut runs: Vec<(u64, u64)> = Vec::new();

@@ -4,6 +4,7 @@
 //! * [`delta`]: an image as a read-only layer.
 //! * [`top`]: the one writable image of a disk: allocation, flush, mark.
 //! * [`parts`]: its clusters that are not complete yet.
+//! * [`journal`]: what was flushed of those.
 //! * [`create()`]: a new empty image.
 
 pub mod alloc;
@@ -13,6 +14,7 @@ pub mod delta;
 pub mod extension;
 pub mod flush;
 pub mod header;
+pub mod journal;
 mod merging;
 pub mod parts;
 pub mod top;

@@ -6,14 +6,15 @@
 //!
 //! The first write to a cluster that lies below takes a cluster of the file and writes its own
 //! bytes; the rest is read from below, until it is written too or copied
-//! ([`crate::disk::Disk::complete`]). Only in memory: a cluster gets its BAT entry when it is
-//! complete, so another program, or the next one after a crash, never sees a part.
+//! ([`crate::disk::Disk::complete`]). A cluster gets its BAT entry when it is complete, so another
+//! program never sees a part; the next one of ours after a crash finds what was flushed of it in the
+//! journal ([`super::journal`]).
 //!
 //! The map has [`super::top::PART`] where there is one, so that a lookup of any other cluster costs
 //! what it always did. Who changes a part holds the cluster's lock ([`super::busy::Busy`]); readers
 //! take a copy of its bits. Bits are only ever set, after the bytes are written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,7 +23,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub const GRANULE: u64 = 4096;
 /// Parts of one image, at most: bounds memory (100 bytes each).
 pub const PARTS_MAX: usize = 16 << 10;
-/// Bytes of the clusters of all parts, at most: bounds what a flush has to copy.
+/// Bytes of the clusters of all parts, at most: bounds what a close, and a flush that can keep no
+/// journal, has to copy.
 pub const PARTS_BYTES: u64 = 1 << 30;
 
 /// How many parts an image with clusters of `cluster` bytes may have.
@@ -48,6 +50,19 @@ impl Granules {
         }
     }
 
+    /// From words of 64 granules each; `None` unless they are words for `count` granules and no
+    /// more.
+    pub fn from_words(bits: Box<[u64]>, count: u64) -> Option<Granules> {
+        let fits = bits.len() as u64 == count.div_ceil(64)
+            && (count.is_multiple_of(64) || bits.last().is_none_or(|w| w >> (count % 64) == 0));
+        fits.then_some(Granules { bits, count })
+    }
+
+    /// As words of 64 granules each, the first one in the lowest bit.
+    pub fn words(&self) -> &[u64] {
+        &self.bits
+    }
+
     /// True when granule `at` is set.
     pub fn has(&self, at: u64) -> bool {
         self.bits[(at / 64) as usize] >> (at % 64) & 1 == 1
@@ -60,10 +75,14 @@ impl Granules {
         }
     }
 
+    /// How many are set.
+    pub fn count_set(&self) -> u64 {
+        self.bits.iter().map(|w| u64::from(w.count_ones())).sum()
+    }
+
     /// True when all are set.
     pub fn full(&self) -> bool {
-        let set: u32 = self.bits.iter().map(|w| w.count_ones()).sum();
-        u64::from(set) == self.count
+        self.count_set() == self.count
     }
 
     /// The longest run from `from` on, up to `to`, that is set throughout, or not set throughout.
@@ -102,6 +121,8 @@ pub struct Part {
     pub soiled: bool,
     /// Rises from part to part: its age.
     seq: u64,
+    /// It is in the list of those that changed.
+    changed: bool,
 }
 
 impl Part {
@@ -112,22 +133,43 @@ impl Part {
             present,
             soiled: false,
             seq: 0,
+            changed: false,
         }
     }
+
+    /// A part that a journal names: what is not `present` may hold anything.
+    pub fn found(offset: u64, present: Granules) -> Part {
+        Part {
+            soiled: true,
+            ..Part::new(offset, present)
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    parts: BTreeMap<u64, Part>,
+    /// Clusters that the journal, or a flush under way, has as parts and not as complete.
+    logged: BTreeSet<u64>,
 }
 
 /// The parts of one image.
 #[derive(Debug, Default)]
 pub struct Parts {
-    shards: [Mutex<BTreeMap<u64, Part>>; SHARDS],
+    shards: [Mutex<Shard>; SHARDS],
     count: AtomicUsize,
     seq: AtomicU64,
+    /// Clusters whose part changed since [`Parts::take`]. Locked after a shard.
+    changed: Mutex<Vec<u64>>,
 }
 
 impl Parts {
-    fn shard(&self, cluster: u64) -> MutexGuard<'_, BTreeMap<u64, Part>> {
+    fn shard(&self, cluster: u64) -> MutexGuard<'_, Shard> {
+        Parts::lock(&self.shards[cluster as usize % SHARDS])
+    }
+
+    fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
         // Whole between two statements.
-        let shard = &self.shards[cluster as usize % SHARDS];
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -143,24 +185,96 @@ impl Parts {
 
     /// A copy of the part of `cluster`.
     pub fn get(&self, cluster: u64) -> Option<Part> {
-        self.shard(cluster).get(&cluster).cloned()
+        self.shard(cluster).parts.get(&cluster).cloned()
     }
 
     /// Enters a new part.
     pub(super) fn insert(&self, cluster: u64, part: Part) {
         let seq = self.seq.fetch_add(1, Ordering::AcqRel);
         self.count.fetch_add(1, Ordering::AcqRel);
-        self.shard(cluster).insert(cluster, Part { seq, ..part });
+        let changed = true;
+        let part = Part {
+            seq,
+            changed,
+            ..part
+        };
+        self.shard(cluster).parts.insert(cluster, part);
+        self.lock_changed().push(cluster);
+    }
+
+    fn lock_changed(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.changed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes the part of `cluster`, where there is one.
     pub(super) fn change<T>(&self, cluster: u64, change: impl FnOnce(&mut Part) -> T) -> Option<T> {
-        self.shard(cluster).get_mut(&cluster).map(change)
+        let mut shard = self.shard(cluster);
+        let part = shard.parts.get_mut(&cluster)?;
+        let made = change(part);
+        if !std::mem::replace(&mut part.changed, true) {
+            self.lock_changed().push(cluster);
+        }
+        Some(made)
+    }
+
+    /// Copies of the parts that changed since the last call, or of `all`, for a journal. A part that
+    /// is entered or changed meanwhile is in this or in the next.
+    pub(super) fn take(&self, all: bool) -> Vec<(u64, Part)> {
+        let changed = std::mem::take(&mut *self.lock_changed());
+        let mut out = Vec::new();
+        if all {
+            for shard in &self.shards {
+                let Shard { parts, logged } = &mut *Parts::lock(shard);
+                for (&cluster, part) in parts {
+                    part.changed = false;
+                    logged.insert(cluster);
+                    out.push((cluster, part.clone()));
+                }
+            }
+        } else {
+            for cluster in changed {
+                let Shard { parts, logged } = &mut *self.shard(cluster);
+                if let Some(part) = parts.get_mut(&cluster) {
+                    part.changed = false;
+                    logged.insert(cluster);
+                    out.push((cluster, part.clone()));
+                }
+            }
+        }
+        out.sort_unstable_by_key(|(cluster, _)| *cluster);
+        out.dedup_by_key(|(cluster, _)| *cluster);
+        out
+    }
+
+    /// Whether a journal may have `cluster` as a part, however complete it is by now: after a crash
+    /// it will have to be completed, in the room that it has.
+    pub(super) fn is_logged(&self, cluster: u64) -> bool {
+        self.shard(cluster).logged.contains(&cluster)
+    }
+
+    /// A journal has `cluster` as a part.
+    pub(super) fn found(&self, cluster: u64) {
+        self.shard(cluster).logged.insert(cluster);
+    }
+
+    /// The journal has `clusters` as complete.
+    pub(super) fn logged_whole(&self, clusters: &[u32]) {
+        for &cluster in clusters {
+            let cluster = u64::from(cluster);
+            self.shard(cluster).logged.remove(&cluster);
+        }
+    }
+
+    /// There is no journal any more.
+    pub(super) fn unlogged(&self) {
+        for shard in &self.shards {
+            Parts::lock(shard).logged.clear();
+        }
     }
 
     /// Takes a part out: the cluster is complete.
     pub(super) fn remove(&self, cluster: u64) {
-        if self.shard(cluster).remove(&cluster).is_some() {
+        if self.shard(cluster).parts.remove(&cluster).is_some() {
             self.count.fetch_sub(1, Ordering::AcqRel);
         }
     }
@@ -172,8 +286,8 @@ impl Parts {
             return out;
         }
         for shard in &self.shards {
-            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-            let old = shard.iter().filter(|(_, part)| part.seq < seq);
+            let shard = Parts::lock(shard);
+            let old = shard.parts.iter().filter(|(_, part)| part.seq < seq);
             out.extend(old.map(|(&cluster, _)| cluster).take(limit - out.len()));
         }
         out.sort_unstable();
@@ -198,6 +312,34 @@ mod tests {
         }
         assert!(g.full() && g.missing().is_empty());
         assert_eq!(g.run(7, 200), (true, 130));
+    }
+
+    #[test]
+    fn a_part_is_taken_after_each_change_and_once() {
+        let parts = Parts::default();
+        for cluster in [9, 4] {
+            parts.insert(cluster, Part::new(0, Granules::none(16)));
+        }
+        let clusters = |taken: Vec<(u64, Part)>| taken.iter().map(|t| t.0).collect::<Vec<_>>();
+        assert_eq!(clusters(parts.take(false)), [4, 9]);
+        assert!(parts.take(false).is_empty());
+        parts.change(9, |p| p.present.set(0..1));
+        parts.change(9, |p| p.present.set(1..2));
+        let taken = parts.take(false);
+        assert_eq!(taken[0].1.present.words(), [3]);
+        assert_eq!(clusters(taken), [9]);
+        parts.change(4, |p| p.present.set(0..1));
+        parts.remove(4);
+        assert!(parts.take(false).is_empty());
+        assert_eq!(clusters(parts.take(true)), [9]);
+    }
+
+    #[test]
+    fn words_with_bits_behind_the_last_granule_are_none() {
+        assert!(Granules::from_words([3].into(), 2).is_some());
+        assert!(Granules::from_words([7].into(), 2).is_none());
+        assert!(Granules::from_words([1, 0].into(), 64).is_none());
+        assert!(Granules::from_words([u64::MAX].into(), 64).is_some_and(|g| g.full()));
     }
 
     #[test]

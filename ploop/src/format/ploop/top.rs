@@ -3,20 +3,24 @@
 //! | step | what | durable before the next step |
 //! |---|---|---|
 //! | open | what was read | yes |
-//! | first change, found marked | the entries that are there, written again where they are | no |
+//! | first change, found marked | no journal but the one that was found | before the BAT, or the mark, changes |
+//! | | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | | cut the file behind the last cluster in use | no |
 //! | write, new cluster | room for the entry; grow the file, complete, write data | no |
 //! | commit | the entry, in memory; of a cluster that is not complete, its granules ([`super::parts`]) | – |
 //! | flush | data (and length) of every committed cluster | yes |
-//! | | the BAT entries of those clusters, and of no others | yes |
-//! | close | flush; cut the file behind the last cluster in use | yes |
+//! | | without a journal: the BAT entries of those clusters, and of no others | yes |
+//! | | with one ([`super::journal`]): those entries, and what changed of parts, in it | yes |
+//! | | the BAT entries | no |
+//! | close | data; the entries of all that the journal names | yes |
+//! | | no journal any more; flush; cut the file behind the last cluster in use | yes |
 //! | | header: closed | yes |
 //!
 //! An entry on disk therefore names a cluster whose bytes are on disk, at every instant. Entries
 //! only ever go from 0 to a cluster: discarded clusters are punched where they are and keep their
 //! entry, so no cluster changes owner while the image is open, and no lease can see one that does.
-//! The one exception is [`Top::take_out`], for an image that is being merged away.
+//! The one exception is [`Top::take_out`], for an image that is being merged away: it has no journal.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -28,6 +32,7 @@ use super::busy::Busy;
 use super::extension;
 use super::flush::FlushGate;
 use super::header::{FLAG_EMPTY, Header, IN_USE_CLOSED, IN_USE_DIRTY, Version};
+use super::journal::{self, Batch, Home, Image, Journal};
 use super::parts::{Part, Parts};
 use crate::error::{Error, Kind, Result};
 use crate::paged::Paged;
@@ -76,6 +81,10 @@ pub struct Top {
     /// Blocks of the BAT that have room on the host.
     roomy: Mutex<BTreeSet<u64>>,
     pub(super) gate: FlushGate,
+    /// Locked by whoever writes to the BAT.
+    journal: Mutex<Journal>,
+    /// A flush may begin one.
+    journals: bool,
     /// Data was written, or a length changed, since the last flush began.
     unsynced: AtomicBool,
     marked: AtomicBool,
@@ -91,20 +100,37 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Top {
     /// Opens an image for writing. Scans its BAT; a damaged one is refused. It is made durable as it
-    /// stands, closed cleanly or not, and goes on from there. Writes nothing.
+    /// stands, closed cleanly or not, and goes on from there. Writes nothing. It has no journal: its
+    /// clusters are completed by whoever flushes it.
     pub fn open(file: Arc<dyn StoreFile>) -> Result<Top> {
+        Top::open_at(file, None)
+    }
+
+    /// The same, with its journal at `home`: one that is there is replayed in memory, and flushes
+    /// keep one. Error: `Corrupt` for one that does not explain the image.
+    pub fn open_at(file: Arc<dyn StoreFile>, home: Option<Home>) -> Result<Top> {
         let scan = scan_image(file.as_ref())?;
         refuse_unwritable(file.as_ref(), &scan)?;
         // What we read, the mark of a clean close included, may still be in the page cache of a
         // killed process only.
         file.sync()?;
-        let alloc = Alloc::new(&scan.header, &scan.used);
+        let found = match &home {
+            Some(home) => journal::find(home, file.as_ref(), &scan)?,
+            None => None,
+        };
+        let journals = home.as_ref().is_some_and(Home::begins);
+        let replay = found.unwrap_or_default();
+        let journal = match home {
+            Some(home) if !replay.slots.is_empty() => Journal::found(home, replay.slots),
+            home => Journal::new(home),
+        };
+        let alloc = Alloc::new(&scan.header, &scan.used.with(&replay.claimed));
         let pages = u64::from(scan.header.entries).div_ceil(PAGE);
         let mut stored = vec![0u64; pages.div_ceil(64) as usize].into_boxed_slice();
         for page in scan.pages {
             stored[page as usize / 64] |= 1 << (page % 64);
         }
-        Ok(Top {
+        let top = Top {
             map: Paged::new(pages),
             stored,
             alloc: Mutex::new(alloc),
@@ -113,17 +139,28 @@ impl Top {
             pending: Mutex::default(),
             roomy: Mutex::default(),
             gate: FlushGate::default(),
+            journal: Mutex::new(journal),
+            journals,
             unsynced: AtomicBool::new(false),
             marked: AtomicBool::new(false),
             unclean: AtomicBool::new(scan.header.dirty()),
             mark: Mutex::new(()),
             header: scan.header,
             file,
-        })
+        };
+        for (slot, part) in replay.parts {
+            top.parts.found(u64::from(slot));
+            top.commit_part(u64::from(slot), part)?;
+        }
+        for (slot, entry) in replay.entries {
+            top.commit(u64::from(slot), top.header.entry_offset(entry))?;
+        }
+        Ok(top)
     }
 
-    /// A new, empty image that was created with `header` marked in use, in `file`.
-    pub fn fresh(file: Arc<dyn StoreFile>, header: &Header) -> Top {
+    /// A new, empty image that was created with `header` marked in use, in `file`; its journals go
+    /// to `home`.
+    pub fn fresh(file: Arc<dyn StoreFile>, header: &Header, home: Option<Home>) -> Top {
         let pages = u64::from(header.entries).div_ceil(PAGE);
         Top {
             map: Paged::new(pages),
@@ -134,6 +171,8 @@ impl Top {
             pending: Mutex::default(),
             roomy: Mutex::default(),
             gate: FlushGate::default(),
+            journals: home.is_some(),
+            journal: Mutex::new(Journal::new(home)),
             unsynced: AtomicBool::new(false),
             marked: AtomicBool::new(true),
             unclean: AtomicBool::new(true),
@@ -245,6 +284,7 @@ impl Top {
             );
         }
         if self.header.dirty() {
+            lock(&self.journal).remove_again()?;
             self.write_again()?;
         }
         self.unclean.store(true, Ordering::Release);
@@ -397,16 +437,66 @@ impl Top {
         self.gate.latch(why);
     }
 
-    /// Makes durable everything committed, written, zeroed or punched before the call. Order: data,
-    /// sync, BAT, sync; the second half only when entries changed. Shared with other callers.
-    pub fn flush(&self) -> Result<()> {
-        self.gate.run(|| self.flush_alone())
+    /// True when a flush covers clusters in parts as they are.
+    pub fn journals(&self) -> bool {
+        self.journals
     }
 
-    fn flush_alone(&self) -> Result<()> {
-        // Taken before the sync: a slot that is committed while it runs has data that it may have
-        // missed, and must wait for the next flush.
-        let mut slots = std::mem::take(&mut *lock(&self.pending));
+    /// Makes durable everything committed, written, zeroed or punched before the call. Order: data,
+    /// sync, BAT, sync; the second half only when entries changed. Shared with other callers. Parts
+    /// are covered where the image [`Top::journals`].
+    pub fn flush(&self) -> Result<()> {
+        self.flush_or(&|| Ok(()))
+    }
+
+    /// The same; `complete` completes all parts, where the host has no room for a journal.
+    pub fn flush_or(&self, complete: &dyn Fn() -> Result<()>) -> Result<()> {
+        self.gate.run(|| self.flush_alone(complete))
+    }
+
+    fn flush_alone(&self, complete: &dyn Fn() -> Result<()>) -> Result<()> {
+        let mut journal = lock(&self.journal);
+        if !journal.is_there() && !(self.journals && self.parts.count() > 0) {
+            return self.flush_entries(&mut journal);
+        }
+        // All taken before the sync: what is committed while it runs has data that it may have
+        // missed, and must wait for the next flush. Parts first: one that is completed in between
+        // is among the slots.
+        let parts = self.parts.take(journal.wants_base());
+        let slots = self.take_pending();
+        let nothing = parts.is_empty() && slots.is_empty();
+        if self.unsynced.swap(false, Ordering::AcqRel) || !nothing {
+            self.file.sync()?;
+        }
+        if nothing {
+            return Ok(());
+        }
+        let entries = slots.iter().map(|&slot| Ok((slot, self.entry(slot)?)));
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let image = Image {
+            file: self.file.as_ref(),
+            header: &self.header,
+        };
+        if let Some(e) = journal.log(&image, &Batch { entries, parts })? {
+            tracing::warn!(
+                file = %self.file.path().display(),
+                error = %e,
+                "the journal could not be written: clusters are completed instead"
+            );
+            lock(&self.pending).extend(slots);
+            complete()?;
+            self.end_journal(&mut journal)?;
+            return self.flush_entries(&mut journal);
+        }
+        self.parts.logged_whole(&slots);
+        self.write_entries(&slots)?;
+        // Durable with the next sync of the image; until then the journal has them.
+        self.unsynced.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn flush_entries(&self, journal: &mut Journal) -> Result<()> {
+        let slots = self.take_pending();
         let unsynced = self.unsynced.swap(false, Ordering::AcqRel);
         if unsynced || !slots.is_empty() {
             self.file.sync()?;
@@ -414,9 +504,63 @@ impl Top {
         if slots.is_empty() {
             return Ok(());
         }
-        slots.sort_unstable();
+        journal.settle()?;
         self.write_entries(&slots)?;
         self.file.sync()
+    }
+
+    /// The slots that were committed since the last call, ascending.
+    fn take_pending(&self) -> Vec<u32> {
+        let mut slots = std::mem::take(&mut *lock(&self.pending));
+        slots.sort_unstable();
+        slots
+    }
+
+    /// Lets the journal go; durable on return, and so is all that it names. Order: data, sync, the
+    /// entries of its slots and no others (it must explain the BAT for as long as it is there),
+    /// sync, the journal's name. Error: `Io` while clusters are in parts.
+    fn end_journal(&self, journal: &mut Journal) -> Result<()> {
+        self.refuse_parts()?;
+        if journal.is_there() {
+            self.file.sync()?;
+            journal.settle()?;
+            self.write_entries(&journal.slots())?;
+            self.file.sync()?;
+        }
+        journal.end()?;
+        self.parts.unlogged();
+        Ok(())
+    }
+
+    /// Whether the room of a cluster must stay, however much of it is zeros: a journal has it as a
+    /// part, and after a crash it will be completed in it. Not after the next flush.
+    pub fn keeps_room(&self, cluster: u64) -> bool {
+        self.journals && self.parts.is_logged(cluster)
+    }
+
+    /// The same, for an image that nobody writes.
+    pub(super) fn without_journal(&self) -> Result<()> {
+        let mut journal = lock(&self.journal);
+        let ended = match journal.is_there() {
+            true => self.end_journal(&mut journal),
+            false => Ok(()),
+        };
+        ended.inspect_err(|e| self.gate.latch(e))
+    }
+
+    fn refuse_parts(&self) -> Result<()> {
+        match self.parts.count() {
+            0 => Ok(()),
+            n => {
+                let what = format!("{n} clusters are not complete");
+                Err(Error::new(Kind::Io, what).on(self.file.path()))
+            }
+        }
+    }
+
+    fn entry(&self, slot: u32) -> Result<u32> {
+        let page = self.load(u64::from(slot) / PAGE)?;
+        Ok(page[(u64::from(slot) % PAGE) as usize].load(Ordering::Acquire))
     }
 
     /// Writes the entries of `slots` (sorted), and no byte of any other entry: a neighbour may have
@@ -425,12 +569,11 @@ impl Top {
         let mut bytes = Vec::with_capacity(BAT_WRITE_MAX.min(slots.len() * 4));
         let mut first = 0u64;
         for (i, &slot) in slots.iter().enumerate() {
+            let entry = self.entry(slot)?;
             let slot = u64::from(slot);
             if bytes.is_empty() {
                 first = slot;
             }
-            let page = self.load(slot / PAGE)?;
-            let entry = page[(slot % PAGE) as usize].load(Ordering::Acquire);
             bytes.extend_from_slice(&entry.to_le_bytes());
             let goes_on = slots.get(i + 1).is_some_and(|&n| u64::from(n) == slot + 1);
             if !goes_on || bytes.len() >= BAT_WRITE_MAX {
@@ -441,16 +584,13 @@ impl Top {
         Ok(())
     }
 
-    /// Closes the image: flush, cut the file behind the last cluster in use, sync, clear the mark,
-    /// sync. An image that was never changed is not touched, and one that latched stays marked.
+    /// Closes the image: the journal ends, flush, cut the file behind the last cluster in use, sync,
+    /// clear the mark, sync. An image that was never changed is not touched, and one that latched stays marked.
     /// Its clusters are complete, or it fails.
     pub fn close(&self) -> Result<()> {
         let _one = lock(&self.mark);
         self.gate.check()?;
-        if self.parts.count() > 0 {
-            let what = format!("{} clusters are not complete", self.parts.count());
-            return Err(Error::new(Kind::Io, what).on(self.file.path()));
-        }
+        self.refuse_parts()?;
         if !self.marked.load(Ordering::Acquire) {
             // A mark found at open and proven harmless is ours to clear, and so is half a mark.
             if !self.unclean.load(Ordering::Acquire) {
@@ -458,6 +598,7 @@ impl Top {
             }
             self.mark_in_use()?;
         }
+        self.without_journal()?;
         self.flush()?;
         let used_len = lock(&self.alloc).used_len();
         if self.file.len()? != used_len {
@@ -465,6 +606,8 @@ impl Top {
             self.file.sync().inspect_err(|e| self.gate.latch(e))?;
         }
         lock(&self.alloc).cut();
+        let settled = lock(&self.journal).settle();
+        settled.inspect_err(|e| self.gate.latch(e))?;
         // Should this fail, the header may say either, and no change may follow.
         let closed = self
             .file

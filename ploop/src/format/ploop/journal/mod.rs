@@ -1,0 +1,428 @@
+//! The journal of a writable image: what was flushed and has no BAT entry yet.
+//!
+//! A cluster in parts ([`super::parts`]) has no entry on disk until it is complete. So that a flush
+//! need not complete it, the flush writes down here which of its granules are in the file.
+//!
+//! ```text
+//!  flush   image: sync ─▶ journal: record, sync ─▶ answered;  image: BAT entries, no sync
+//!  open    journal there? ─▶ does it explain the image? ─┬─▶ replayed in memory
+//!                                                        └─▶ refused: another program was there
+//! ```
+//!
+//! * It is `.ploop/journal.NAME` beside the image `NAME`; by name, because a snapshot changes whose
+//!   GUID an image has. It is made by the first flush that finds parts, and gone after a clean
+//!   close, *before* the mark is cleared: a clean image that has a journal is not ours.
+//! * Its first records, the *base*, hold the image's header and a checksum of every page of its BAT
+//!   as they are on disk, and all parts. Every BAT entry is written here, durable, before it is
+//!   written to the image. So a BAT that is neither the base's nor made of it by entries that are
+//!   here was changed by somebody else, and nothing here may be used.
+//! * A record is appended by a flush and made durable by it. When they have become long, a new base
+//!   takes the place of all (temporary file, sync, rename, sync of the directory). Opening after a
+//!   crash only reads; the first flush after it writes a new base.
+//! * Clusters never change owner while the image is open ([`super::top`]), so what is here stays
+//!   true, however old it is, until the next record about the same cluster.
+//! * A flush must not need room. Where the host has none for a record, clusters are completed (their
+//!   room was taken when they were begun), their entries written, and the journal ends.
+
+mod record;
+mod replay;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::header::{HEADER_BYTES, Header};
+use super::parts::{GRANULE, Part};
+use crate::descriptor::Guid;
+use crate::error::{Error, Kind, Result};
+use crate::store::{Access, SECTOR, Store, StoreFile, read_exact};
+use record::{Items, Tag, encode, part_bytes, per_record};
+
+pub use record::LoggedPart;
+pub use replay::{Log, Replay, find, is_stale, read};
+
+/// The directory beside an image that journals are in.
+const SIDE: &str = ".ploop";
+/// Stands before the image's file name.
+pub const JOURNAL: &str = "journal.";
+/// Stands behind it while a new base is written.
+pub const NEW: &str = ".new";
+/// Bytes of records behind the base that ask for a new one, unless [`Home::with_limit`] says so.
+pub const LIMIT: u64 = 1 << 20;
+/// Zeros are written ahead of the records, this many bytes at a time, so that most syncs find the
+/// file's length and extents as they were.
+const AHEAD: u64 = 64 * 1024;
+
+/// Where the journal of an image is, if it has one.
+#[derive(Clone, Debug)]
+pub struct Home {
+    store: Arc<dyn Store>,
+    path: PathBuf,
+    begins: bool,
+    limit: u64,
+}
+
+impl Home {
+    /// For the image at `image` in its disk's directory.
+    pub fn of(store: &Arc<dyn Store>, image: &Path) -> Option<Home> {
+        let name = image.file_name()?;
+        let mut file = std::ffi::OsString::from(JOURNAL);
+        file.push(name);
+        Some(Home {
+            store: store.clone(),
+            path: image.parent()?.join(SIDE).join(file),
+            begins: true,
+            limit: LIMIT,
+        })
+    }
+
+    /// With a new base after `limit` bytes of records.
+    #[must_use]
+    pub fn with_limit(self, limit: u64) -> Home {
+        Home { limit, ..self }
+    }
+
+    /// The same for an image that may be in anybody's directory: no directory is made there.
+    pub fn if_there(mut self) -> Result<Home> {
+        self.begins = self.has_side()?;
+        Ok(self)
+    }
+
+    /// True when a journal may be begun.
+    pub(super) fn begins(&self) -> bool {
+        self.begins
+    }
+
+    /// The journal's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn side(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("/"))
+    }
+
+    fn new_path(&self) -> PathBuf {
+        let mut path = self.path.clone().into_os_string();
+        path.push(NEW);
+        path.into()
+    }
+
+    /// True when the journal is there.
+    pub fn exists(&self) -> Result<bool> {
+        Ok(self.store.kind(&self.path)?.is_some())
+    }
+
+    /// True when its directory is.
+    fn has_side(&self) -> Result<bool> {
+        Ok(self.store.kind(self.side())?.is_some())
+    }
+
+    /// Removes the journal, and what the writing of one left; durable on return. One that is not
+    /// there is fine.
+    pub fn forget(&self) -> Result<()> {
+        match self.remove()? {
+            true => self.store.sync_dir(self.side()),
+            false => Ok(()),
+        }
+    }
+
+    /// True when something was removed.
+    fn remove(&self) -> Result<bool> {
+        let mut gone = false;
+        for path in [&self.new_path(), &self.path] {
+            match self.store.remove_file(path) {
+                Ok(()) => gone = true,
+                Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(gone)
+    }
+}
+
+/// What was taken for a flush, before its sync.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    /// Slots and their entries.
+    pub(super) entries: Vec<(u32, u32)>,
+    /// Guest clusters in parts; all of them where a base is to be written.
+    pub(super) parts: Vec<(u64, Part)>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// There is none.
+    None,
+    /// One was found at open: these slots are in it.
+    Found(Vec<u32>),
+    Open(Open),
+}
+
+#[derive(Debug)]
+struct Open {
+    file: Arc<dyn StoreFile>,
+    tag: Tag,
+    /// Where the next record goes.
+    at: u64,
+    /// Up to here there are bytes on the host.
+    ahead: u64,
+    base_end: u64,
+    /// Slots that are in it, some of them several times.
+    logged: Vec<u32>,
+}
+
+/// The journal of one image.
+#[derive(Debug)]
+pub(super) struct Journal {
+    home: Option<Home>,
+    state: State,
+    /// A name was removed, and that is not durable.
+    unsure: bool,
+}
+
+impl Journal {
+    /// For an image that has none, or none that was looked for.
+    pub(super) fn new(home: Option<Home>) -> Journal {
+        Journal {
+            home,
+            state: State::None,
+            unsure: false,
+        }
+    }
+
+    /// For an image whose journal was replayed.
+    pub(super) fn found(home: Home, slots: Vec<u32>) -> Journal {
+        Journal {
+            home: Some(home),
+            state: State::Found(slots),
+            unsure: false,
+        }
+    }
+
+    /// True when there is one on disk.
+    pub(super) fn is_there(&self) -> bool {
+        !matches!(self.state, State::None)
+    }
+
+    /// True when the next record must be a base.
+    pub(super) fn wants_base(&self) -> bool {
+        match &self.state {
+            State::None | State::Found(_) => true,
+            State::Open(open) => self
+                .home
+                .as_ref()
+                .is_none_or(|home| open.at - open.base_end > home.limit),
+        }
+    }
+
+    /// Writes `batch` down; durable on return. The image was synced since the batch was taken.
+    /// `Some`: it could not be written, and what was there before still holds. Error: nothing may be
+    /// assumed.
+    pub(super) fn log(&mut self, image: &Image<'_>, batch: &Batch) -> Result<Option<Error>> {
+        let Some(home) = &self.home else {
+            let what = "this image may have no journal";
+            return Ok(Some(Error::new(Kind::Permission, what)));
+        };
+        if let State::Open(open) = &mut self.state
+            && open.at - open.base_end <= home.limit
+        {
+            return open.append(image, batch);
+        }
+        let new = prepare(home, image, batch).and_then(|open| {
+            home.store.rename(&home.new_path(), &home.path)?;
+            // By its name now, which is what errors say.
+            let file = home.store.open(&home.path, Access::Write)?;
+            Ok(Open { file, ..open })
+        });
+        let open = match new {
+            Ok(open) => open,
+            Err(e) => {
+                // What cannot be removed the next base replaces, and the next close removes.
+                drop(home.store.remove_file(&home.new_path()));
+                return Ok(Some(e));
+            }
+        };
+        home.store.sync_dir(home.side())?;
+        self.state = State::Open(open);
+        Ok(None)
+    }
+
+    /// For an image that was found marked, before its first change: another process may have removed
+    /// a journal and failed to make that durable; then only a name that is made and removed anew is,
+    /// after [`Journal::settle`].
+    pub(super) fn remove_again(&mut self) -> Result<()> {
+        let (Some(home), State::None) = (&self.home, &self.state) else {
+            return Ok(());
+        };
+        if !home.has_side()? {
+            return Ok(());
+        }
+        match home.store.create(&home.path, 0o600) {
+            // A name that cannot be made for want of room is no reason to refuse a write.
+            Err(e) if !matches!(e.kind(), Kind::Exists | Kind::NoSpace) => return Err(e),
+            _ => {}
+        }
+        self.unsure |= home.remove()?;
+        Ok(())
+    }
+
+    /// Before a change of the image that a journal must explain, or that there must be none for:
+    /// what was found is durable.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        let Some(home) = &self.home else {
+            return Ok(());
+        };
+        if let State::Found(_) = self.state {
+            home.store.open(&home.path, Access::Write)?.sync()?;
+            home.store.sync_dir(home.side())?;
+        }
+        if std::mem::take(&mut self.unsure) {
+            home.store.sync_dir(home.side())?;
+        }
+        Ok(())
+    }
+
+    /// The slots that are in it, ascending.
+    pub(super) fn slots(&self) -> Vec<u32> {
+        let mut slots = match &self.state {
+            State::None => Vec::new(),
+            State::Found(slots) => slots.clone(),
+            State::Open(open) => open.logged.clone(),
+        };
+        slots.sort_unstable();
+        slots.dedup();
+        slots
+    }
+
+    /// Removes it; durable on return. Its slots have their entries on disk.
+    pub(super) fn end(&mut self) -> Result<()> {
+        if let Some(home) = &self.home {
+            home.forget()?;
+        }
+        self.state = State::None;
+        Ok(())
+    }
+}
+
+/// The image that a journal is of.
+pub(super) struct Image<'a> {
+    pub(super) file: &'a dyn StoreFile,
+    pub(super) header: &'a Header,
+}
+
+impl Image<'_> {
+    fn logged(&self, slot: u64, part: &Part) -> Result<LoggedPart> {
+        let entry = self.header.entry_for(part.offset);
+        let entry = entry.ok_or_else(|| Error::new(Kind::Io, "a part that no entry can name"))?;
+        Ok(LoggedPart {
+            // Clusters of an image are below its entries, which are 32 bits.
+            slot: slot as u32,
+            entry,
+            present: part.present.clone(),
+        })
+    }
+
+    fn granules(&self) -> u64 {
+        self.header.cluster_bytes() / GRANULE
+    }
+}
+
+/// Appends `items` as records of as many as fit one.
+fn split<T: Clone>(
+    tag: &mut Tag,
+    items: &[T],
+    size: usize,
+    out: &mut Vec<u8>,
+    wrap: impl Fn(Vec<T>) -> Items,
+) {
+    for some in items.chunks(per_record(size)) {
+        encode(tag, &wrap(some.to_vec()), out);
+        tag.number += 1;
+    }
+}
+
+fn encode_batch(tag: &mut Tag, image: &Image<'_>, batch: &Batch, out: &mut Vec<u8>) -> Result<()> {
+    let words = image.granules().div_ceil(64) as usize;
+    let parts = batch.parts.iter().map(|(k, part)| image.logged(*k, part));
+    let parts = parts.collect::<Result<Vec<_>>>()?;
+    split(tag, &parts, part_bytes(words), out, Items::Parts);
+    // Behind the parts: of a cluster that is in both the entry is what came later.
+    split(tag, &batch.entries, 8, out, Items::Entries);
+    tag.group += 1;
+    Ok(())
+}
+
+/// Slots of a batch.
+fn slots_of(batch: &Batch) -> impl Iterator<Item = u32> {
+    let parts = batch.parts.iter().map(|(k, _)| *k as u32);
+    parts.chain(batch.entries.iter().map(|(slot, _)| *slot))
+}
+
+/// Writes a new journal beside the one that may be there; its bytes are durable on return.
+fn prepare(home: &Home, image: &Image<'_>, batch: &Batch) -> Result<Open> {
+    let mut header = [0; HEADER_BYTES as usize];
+    read_exact(image.file, &mut header, 0)?;
+    let sums = replay::sums(image.file, image.header, &[])?;
+    let mut tag = Tag {
+        nonce: *Guid::new_v4().as_bytes(),
+        number: 1,
+        group: 0,
+    };
+    let mut pages = Vec::new();
+    split(&mut tag, &sums, 8, &mut pages, Items::Sums);
+    let mut bytes = Vec::new();
+    let first = Items::Base {
+        header,
+        sums: tag.number - 1,
+    };
+    encode(&Tag { number: 0, ..tag }, &first, &mut bytes);
+    bytes.append(&mut pages);
+    encode_batch(&mut tag, image, batch, &mut bytes)?;
+    let at = bytes.len() as u64;
+    bytes.resize((at + AHEAD).next_multiple_of(AHEAD) as usize, 0);
+
+    let new = home.new_path();
+    if !home.has_side()? {
+        home.store.create_dir(home.side())?;
+        home.store
+            .sync_dir(home.side().parent().unwrap_or(Path::new("/")))?;
+    }
+    match home.store.remove_file(&new) {
+        Err(e) if e.kind() != Kind::NotFound => return Err(e),
+        _ => {}
+    }
+    let file = home.store.create(&new, 0o600)?;
+    file.write_at(&bytes, 0)?;
+    file.sync()?;
+    Ok(Open {
+        file,
+        tag,
+        at,
+        ahead: bytes.len() as u64,
+        base_end: at,
+        logged: slots_of(batch).collect(),
+    })
+}
+
+impl Open {
+    fn append(&mut self, image: &Image<'_>, batch: &Batch) -> Result<Option<Error>> {
+        let mut tag = self.tag;
+        let mut bytes = Vec::new();
+        encode_batch(&mut tag, image, batch, &mut bytes)?;
+        let end = self.at + bytes.len() as u64;
+        if end > self.ahead {
+            bytes.resize(bytes.len() + AHEAD as usize, 0);
+        }
+        debug_assert!(self.at.is_multiple_of(SECTOR));
+        match self.file.write_at(&bytes, self.at) {
+            Err(e) if e.kind() == Kind::NoSpace => return Ok(Some(e)),
+            other => other?,
+        }
+        self.file.sync()?;
+        self.ahead = self.ahead.max(self.at + bytes.len() as u64);
+        self.at = end;
+        self.tag = tag;
+        self.logged.extend(slots_of(batch));
+        Ok(None)
+    }
+}
