@@ -111,21 +111,21 @@ fn every_sync_of_the_writable_image_is_needed_where_it_is() {
     }
     let c = CLUSTER_SECTORS;
     let fx = Fixture::new(Version::V2, Shape::Empty, true, workload::STORY_CLUSTERS);
-    let whole = [Step::Write(5 * c, c), Step::Flush];
+    let whole = [Step::Write(0, c), Step::Flush];
     let part = |at| [Step::Write(c + at, 1), Step::Flush];
     // The record that is in the cache only names an entry.
     let appended = [&part(9)[..], &whole].concat();
     // So does the journal that has taken the place of another in the cache only.
     let renamed = [&[9, 20, 30, 40].map(part).concat()[..], &whole].concat();
-    // The journal is gone in the cache only.
+    // The journal is gone in the cache only. Names of leftovers are removed first.
     let closed = [&part(9)[..], &[Step::Close]].concat();
     let close = [Step::Close];
     let more = [&whole[..], &close].concat();
     for (when, steps, next) in [
         (("write", 2), &appended, &close[..]),
         (("rename", 2), &renamed, &close),
-        (("remove", 1), &closed, &close),
-        (("remove", 1), &closed, &more),
+        (("remove", 3), &closed, &close),
+        (("remove", 3), &closed, &more),
     ] {
         proof.add(&killed_scenario(&fx, when, steps, next), FILES);
     }

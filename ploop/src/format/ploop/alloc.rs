@@ -32,6 +32,8 @@ pub struct Alloc {
     limit: u64,
     next: u64,
     grown: u64,
+    /// Bytes of the file behind `grown` ([`Alloc::set_tail`]).
+    tail: u64,
     /// start → end, not touching each other, all below `next`.
     free: BTreeMap<u64, u64>,
 }
@@ -72,8 +74,20 @@ impl Alloc {
             limit,
             next,
             grown: next,
+            tail: 0,
             free,
         }
+    }
+
+    /// From now on every length that the file is given has `tail` bytes more than its clusters.
+    /// Nothing else is there before the file grows or is cut.
+    pub fn set_tail(&mut self, tail: u64) {
+        self.tail = tail;
+    }
+
+    /// The file's length now, as far as it was given by [`Alloc::take`].
+    pub fn grown_len(&self) -> u64 {
+        self.offset(self.grown) + self.tail
     }
 
     /// The file offset of a cluster.
@@ -87,7 +101,7 @@ impl Alloc {
             Some((&start, &end)) if end == self.next => start,
             _ => self.next,
         };
-        self.offset(end)
+        self.offset(end) + self.tail
     }
 
     /// The file was cut at [`Alloc::used_len`].
@@ -129,7 +143,7 @@ impl Alloc {
         if stop > self.grown {
             let step = (self.offset(self.grown) / 8).min(STEP_MAX) / self.cluster;
             let target = stop.max(self.grown + step.max(1)).min(self.limit.max(stop));
-            file.set_len(self.offset(target))?;
+            file.set_len(self.offset(target) + self.tail)?;
             self.grown = target;
         }
         let start = std::mem::replace(&mut self.next, stop);

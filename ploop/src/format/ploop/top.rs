@@ -32,7 +32,7 @@ use super::busy::Busy;
 use super::extension;
 use super::flush::FlushGate;
 use super::header::{FLAG_EMPTY, Header, IN_USE_CLOSED, IN_USE_DIRTY, Version};
-use super::journal::{self, Batch, Home, Image, Journal};
+use super::journal::{self, Batch, Home, Image, Journal, TAIL};
 use super::parts::{Part, Parts};
 use crate::error::{Error, Kind, Result};
 use crate::paged::Paged;
@@ -124,7 +124,10 @@ impl Top {
             Some(home) if !replay.slots.is_empty() => Journal::found(home, replay.slots),
             home => Journal::new(home),
         };
-        let alloc = Alloc::new(&scan.header, &scan.used.with(&replay.claimed));
+        let mut alloc = Alloc::new(&scan.header, &scan.used.with(&replay.claimed));
+        if journal.is_there() {
+            alloc.set_tail(TAIL);
+        }
         let pages = u64::from(scan.header.entries).div_ceil(PAGE);
         let mut stored = vec![0u64; pages.div_ceil(64) as usize].into_boxed_slice();
         for page in scan.pages {
@@ -284,7 +287,7 @@ impl Top {
             );
         }
         if self.header.dirty() {
-            lock(&self.journal).remove_again()?;
+            lock(&self.journal).cover()?;
             self.write_again()?;
         }
         self.unclean.store(true, Ordering::Release);
@@ -465,6 +468,11 @@ impl Top {
         let parts = self.parts.take(journal.wants_base());
         let slots = self.take_pending();
         let nothing = parts.is_empty() && slots.is_empty();
+        // Durable before the journal is, like all that it says of the file.
+        let tailed = match !nothing && !journal.is_there() {
+            true => self.set_tail(),
+            false => Ok(()),
+        };
         if self.unsynced.swap(false, Ordering::AcqRel) || !nothing {
             self.file.sync()?;
         }
@@ -477,7 +485,11 @@ impl Top {
             file: self.file.as_ref(),
             header: &self.header,
         };
-        if let Some(e) = journal.log(&image, &Batch { entries, parts })? {
+        let refused = match tailed {
+            Ok(()) => journal.log(&image, &Batch { entries, parts })?,
+            Err(e) => Some(e),
+        };
+        if let Some(e) = refused {
             tracing::warn!(
                 file = %self.file.path().display(),
                 error = %e,
@@ -493,6 +505,12 @@ impl Top {
         // Durable with the next sync of the image; until then the journal has them.
         self.unsynced.store(true, Ordering::Release);
         Ok(())
+    }
+
+    fn set_tail(&self) -> Result<()> {
+        let mut alloc = lock(&self.alloc);
+        alloc.set_tail(TAIL);
+        self.file.set_len(alloc.grown_len())
     }
 
     fn flush_entries(&self, journal: &mut Journal) -> Result<()> {
@@ -528,6 +546,7 @@ impl Top {
             self.file.sync()?;
         }
         journal.end()?;
+        lock(&self.alloc).set_tail(0);
         self.parts.unlogged();
         Ok(())
     }

@@ -21,6 +21,10 @@
 //!   crash only reads; the first flush after it writes a new base.
 //! * Clusters never change owner while the image is open ([`super::top`]), so what is here stays
 //!   true, however old it is, until the next record about the same cluster.
+//! * While there is a journal, the file's length is [`TAIL`] bytes off the grid of clusters. QEMU cuts
+//!   an image that was not closed behind the last cluster that has an entry, when it opens it for
+//!   writing, and then takes clusters in parts for free ones: whatever it wrote, if it was killed in
+//!   turn, the length tells.
 //! * A flush must not need room. Where the host has none for a record, clusters are completed (their
 //!   room was taken when they were begun), their entries written, and the journal ends.
 
@@ -48,6 +52,8 @@ pub const JOURNAL: &str = "journal.";
 pub const NEW: &str = ".new";
 /// Bytes of records behind the base that ask for a new one, unless [`Home::with_limit`] says so.
 pub const LIMIT: u64 = 1 << 20;
+/// Bytes behind the last cluster of the file, while there is a journal.
+pub const TAIL: u64 = SECTOR;
 /// Zeros are written ahead of the records, this many bytes at a time, so that most syncs find the
 /// file's length and extents as they were.
 const AHEAD: u64 = 64 * 1024;
@@ -176,7 +182,7 @@ struct Open {
 pub(super) struct Journal {
     home: Option<Home>,
     state: State,
-    /// A name was removed, and that is not durable.
+    /// An empty one has taken the name, and that is not durable.
     unsure: bool,
 }
 
@@ -248,9 +254,9 @@ impl Journal {
     }
 
     /// For an image that was found marked, before its first change: another process may have removed
-    /// a journal and failed to make that durable; then only a name that is made and removed anew is,
-    /// after [`Journal::settle`].
-    pub(super) fn remove_again(&mut self) -> Result<()> {
+    /// a journal and failed to make that durable. An empty one takes its name, which is none, for
+    /// certain after [`Journal::settle`].
+    pub(super) fn cover(&mut self) -> Result<()> {
         let (Some(home), State::None) = (&self.home, &self.state) else {
             return Ok(());
         };
@@ -258,11 +264,12 @@ impl Journal {
             return Ok(());
         }
         match home.store.create(&home.path, 0o600) {
+            Ok(_) => self.unsure = true,
+            Err(e) if e.kind() == Kind::Exists => self.unsure = true,
             // A name that cannot be made for want of room is no reason to refuse a write.
-            Err(e) if !matches!(e.kind(), Kind::Exists | Kind::NoSpace) => return Err(e),
-            _ => {}
+            Err(e) if e.kind() == Kind::NoSpace => {}
+            Err(e) => return Err(e),
         }
-        self.unsure |= home.remove()?;
         Ok(())
     }
 
@@ -278,6 +285,7 @@ impl Journal {
         }
         if std::mem::take(&mut self.unsure) {
             home.store.sync_dir(home.side())?;
+            home.remove()?;
         }
         Ok(())
     }
@@ -379,7 +387,7 @@ fn prepare(home: &Home, image: &Image<'_>, batch: &Batch) -> Result<Open> {
     bytes.append(&mut pages);
     encode_batch(&mut tag, image, batch, &mut bytes)?;
     let at = bytes.len() as u64;
-    bytes.resize((at + AHEAD).next_multiple_of(AHEAD) as usize, 0);
+    bytes.resize((at + SECTOR).next_multiple_of(AHEAD) as usize, 0);
 
     let new = home.new_path();
     if !home.has_side()? {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::record::{HEAD, HeaderBytes, Items, LoggedPart, claimed_len, decode};
-use super::{Home, NEW};
+use super::{Home, NEW, TAIL};
 use crate::error::{Error, Kind, Result};
 use crate::format::ploop::delta::judge;
 use crate::format::ploop::header::{HEADER_BYTES, Header};
@@ -245,6 +245,10 @@ impl Log {
                 true => "changed the image's header after a crash",
             };
             return Err(changed(what.into()).at(0));
+        }
+        if scan.file_len.saturating_sub(scan.header.data_start) % self.cluster != TAIL {
+            let what = "cut or extended the file after a crash";
+            return Err(changed(what.into()).at(scan.file_len));
         }
         let slots: Vec<u32> = self.slots.iter().copied().collect();
         let now = sums(file, &scan.header, &slots)?;
