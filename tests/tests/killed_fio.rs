@@ -1,16 +1,18 @@
-//! A server is killed again and again under fio, whose own sums then say whether what it saw
-//! answered is there: kill -9 loses no page cache, so an answer is enough.
+//! A server is killed again and again under fio, whose own sums then say whether all is there that
+//! was flushed.
 //!
 //! fio saves the state of its verification when its server dies, but cannot use it here: it takes
 //! for granted that whatever was issued more than `iodepth` requests before the end was answered,
-//! and a server that answers out of order breaks that. Its logs say it exactly: the latency log has a
-//! line for each answer, the submission log one for each request. So each round asks three things:
+//! which does not hold where answers come out of order, and that an answer is enough. Its logs say
+//! more: the submission log has a line for each write that was sent, the latency log one for each that
+//! was answered. A job with one request in flight sends nothing before its flush is answered, so
+//! each round knows for certain what was flushed, and asks three things:
 //!
 //! | bytes of | must be |
 //! |---|---|
-//! | a write that was answered | this round's, by fio's sums (it reads them from an iolog) |
-//! | a write that was sent and not answered | anything |
-//! | all others | what they were after the last round, or in the template |
+//! | a write that was flushed | this round's, by fio's sums (it reads them as an iolog says) |
+//! | any other write that was sent | never zeros where something else was |
+//! | nothing that was sent | what they were after the last round, or in the template |
 //!
 //! A block of an earlier round has a right sum, too: each round keeps its sums at another place in
 //! the block (`verify_offset`), where those of the others are not.
@@ -39,9 +41,9 @@ use ploop_tests::store::{Rig, Server};
 use ploop_tests::tools::tool;
 
 /// Bytes of a job's region.
-const REGION: u64 = 16 << 20;
-/// Requests in flight, and writes between two flushes (0: none), of each job.
-const JOBS: [(u64, u64); 4] = [(1, 8), (4, 0), (8, 40), (16, 0)];
+const REGION: u64 = 12 << 20;
+/// Requests in flight of each job, and writes between two of its flushes (0: it has none).
+const JOBS: [(u64, usize); 6] = [(1, 1), (1, 3), (1, 8), (1, 40), (8, 0), (16, 0)];
 /// Bytes of the disk.
 const SIZE: u64 = REGION * JOBS.len() as u64;
 /// fio's header is 44 bytes, and must not overlap the place it is kept at.
@@ -91,7 +93,6 @@ fn fio(round: u64, uri: &str, dir: &Path) -> Command {
         .arg(format!("--uri={uri}"))
         .args(["--verify=crc32c", "--verify_interval=4096"])
         .arg(format!("--verify_offset={place}"))
-        // Whatever is not verified below must not be by chance.
         .args(["--verify_state_save=0", "--verify_fatal=1"]);
     fio
 }
@@ -117,30 +118,59 @@ fn writer(round: u64, rng: &mut Rng, uri: &str, dir: &Path) -> Fio {
     Fio::start(command, dir.join("written"))
 }
 
-/// The writes in fio's logs of one sort. A job that wrote nothing has none.
-fn logged(dir: &Path, sort: &str) -> Vec<Range<u64>> {
-    let mut writes = Vec::new();
-    for job in 1..=JOBS.len() {
-        let path = dir.join(format!("w_{sort}.{job}.log"));
-        let text = match fs::read_to_string(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            text => text.unwrap(),
-        };
-        for line in text.lines() {
-            // Time, latency, direction, length, offset, priority.
-            let fields: Vec<u64> = line.split(',').map(|f| f.trim().parse().unwrap()).collect();
-            if fields[2] == 1 {
-                writes.push(fields[4]..fields[4] + fields[3]);
-            }
-        }
-    }
-    writes
+/// What a round wrote.
+#[derive(Default)]
+struct Written {
+    /// All that was sent.
+    sent: Vec<Range<u64>>,
+    /// How many of them were answered.
+    answered: usize,
+    /// Answered before a flush was sent that was answered.
+    flushed: Vec<Range<u64>>,
 }
 
-/// fio reads what it saw answered and compares its sums.
-fn verify(round: u64, answered: &[Range<u64>], uri: &str, dir: &Path) {
+impl Written {
+    /// As fio's logs in `dir` have it.
+    fn read(dir: &Path) -> Written {
+        let mut written = Written::default();
+        for (job, (depth, fsync)) in (1..).zip(JOBS) {
+            let sent = logged(&dir.join(format!("w_slat.{job}.log")));
+            let mut answered = logged(&dir.join(format!("w_lat.{job}.log")));
+            assert!(
+                answered.len() <= sent.len(),
+                "job {job} was answered more than it sent"
+            );
+            written.answered += answered.len();
+            if depth == 1 && fsync > 0 {
+                // The write after the flush that covers these was sent.
+                answered.truncate(sent.len().saturating_sub(1) / fsync * fsync);
+                written.flushed.append(&mut answered);
+            }
+            written.sent.extend(sent);
+        }
+        written
+    }
+}
+
+/// The writes in one of fio's logs. A job that wrote nothing has none.
+fn logged(path: &Path) -> Vec<Range<u64>> {
+    let text = match fs::read_to_string(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        text => text.unwrap(),
+    };
+    let write = |line: &str| {
+        // Time, latency, direction, length, offset, priority.
+        let fields: Vec<u64> = line.split(',').map(|f| f.trim().parse().unwrap()).collect();
+        assert_eq!(fields[2], 1, "{line} is no write");
+        fields[4]..fields[4] + fields[3]
+    };
+    text.lines().map(write).collect()
+}
+
+/// fio reads what was flushed and compares its sums.
+fn verify(round: u64, flushed: &[Range<u64>], uri: &str, dir: &Path) {
     let mut iolog = "fio version 2 iolog\ndisk add\ndisk open\n".to_owned();
-    for write in answered {
+    for write in flushed {
         writeln!(
             iolog,
             "disk read {} {}",
@@ -155,23 +185,23 @@ fn verify(round: u64, answered: &[Range<u64>], uri: &str, dir: &Path) {
     command.args(["--bsrange=4k-64k", "--iodepth=16"]);
     let (ended, said) = Fio::start(command, dir.join("verified")).wait();
     assert!(ended.success(), "kill {round}: {ended}\n{said}");
-    let all = format!("issued rwts: total={},0,", answered.len());
+    let all = format!("issued rwts: total={},0,", flushed.len());
     assert!(said.contains(&all), "kill {round}: not {all}\n{said}");
 }
 
-/// Compares all that was not written to in this round; what is seen is certain from then on.
-fn compare(round: u64, issued: &[Range<u64>], certain: &mut Vec<u8>, server: &Server) {
+/// Compares what was not flushed with what was there before; what is seen is certain from then on.
+fn compare(round: u64, sent: &[Range<u64>], certain: &mut Vec<u8>, server: &Server) {
     let mut client = Client::open(server.socket(), "ct", Style::Simple);
     let pieces = (0..SIZE >> 20).map(|i| client.read(i << 20, 1 << 20));
     let got = pieces.collect::<Vec<_>>().concat();
     client.disconnect();
-    let mut issued: Vec<_> = issued
+    let mut sent: Vec<_> = sent
         .iter()
         .map(|w| w.start as usize..w.end as usize)
         .collect();
-    issued.sort_by_key(|w| w.start);
+    sent.sort_by_key(|w| w.start);
     let mut from = 0;
-    for write in issued.into_iter().chain([SIZE as usize..SIZE as usize]) {
+    for write in sent.into_iter().chain([got.len()..got.len()]) {
         let (is, was) = (&got[from..write.start], &certain[from..write.start]);
         if is != was {
             let at = is.iter().zip(was).position(|(a, b)| a != b).unwrap();
@@ -181,6 +211,14 @@ fn compare(round: u64, issued: &[Range<u64>], certain: &mut Vec<u8>, server: &Se
                 from + at,
                 &is[at..at + len],
                 &was[at..at + len]
+            );
+        }
+        let (is, was) = (&got[write.clone()], &certain[write.clone()]);
+        let zeros = |(is, was): (&[u8], &[u8])| is != was && is.iter().all(|b| *b == 0);
+        if let Some(n) = is.chunks(512).zip(was.chunks(512)).position(zeros) {
+            panic!(
+                "kill {round}: the sector at {} has turned to zeros",
+                write.start + n * 512
             );
         }
         from = write.end;
@@ -201,7 +239,7 @@ fn template(rng: &mut Rng) -> Vec<u8> {
 }
 
 #[test]
-fn fio_finds_all_that_was_answered_after_every_kill() {
+fn fio_finds_all_that_was_flushed_after_every_kill() {
     let seed = env("PLOOP_SEED", 1);
     eprintln!("PLOOP_SEED={seed}");
     let mut rng = Rng(seed);
@@ -214,7 +252,7 @@ fn fio_finds_all_that_was_answered_after_every_kill() {
     let image = rig.top("ct");
     let changed = || fs::metadata(&image).unwrap().modified().unwrap();
 
-    let (mut sent, mut seen, mut closed) = (0, 0, 0);
+    let (mut sent, mut answered, mut flushed, mut closed) = (0, 0, 0, 0);
     let mut serving: Option<Server> = None;
     for round in 0..env("PLOOP_KILLS", 6) {
         let dir = rig.path(&format!("round-{round}"));
@@ -245,15 +283,16 @@ fn fio_finds_all_that_was_answered_after_every_kill() {
                 "kill {round}: a write failed\n{said}"
             );
         }
-        let (issued, answered) = (logged(&dir, "slat"), logged(&dir, "lat"));
-        assert!(answered.len() <= issued.len(), "kill {round}: the logs");
-        (sent, seen) = (sent + issued.len(), seen + answered.len());
+        let written = Written::read(&dir);
+        sent += written.sent.len();
+        answered += written.answered;
+        flushed += written.flushed.len();
 
         let server = rig.serve(["ct"]);
-        if !answered.is_empty() {
-            verify(round, &answered, &server.uri("ct"), &dir);
+        if !written.flushed.is_empty() {
+            verify(round, &written.flushed, &server.uri("ct"), &dir);
         }
-        compare(round, &issued, &mut certain, &server);
+        compare(round, &written.sent, &mut certain, &server);
         match rng.below(4) {
             0 => {
                 server.stop();
@@ -266,10 +305,10 @@ fn fio_finds_all_that_was_answered_after_every_kill() {
         fs::remove_dir_all(&dir).unwrap();
     }
     drop(serving);
-    eprintln!("{sent} writes sent, {seen} answered; closed {closed} times");
+    eprintln!("{sent} writes sent, {answered} answered, {flushed} flushed; closed {closed} times");
     assert!(
-        seen > 0,
-        "no write was answered before its server was killed"
+        flushed > 0,
+        "no write was flushed before its server was killed"
     );
     rig.serve(["ct"]).stop();
     qemu_check(&image);
