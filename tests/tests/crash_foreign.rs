@@ -25,10 +25,10 @@ use ploop_tests::crash::{
 /// Clusters of a disk.
 const CLUSTERS: u64 = 8;
 
-fn stories() -> Vec<(String, Vec<Step>)> {
+fn stories() -> [(&'static str, Vec<Step>); 6] {
     use Step::{Close, Complete, Discard, Flush, Fua, Kill, Write, Zero, ZeroKeep};
     let c = CLUSTER_SECTORS;
-    let stories = [
+    [
         ("a part, flushed", vec![Write(2 * c + 9, 3), Flush]),
         (
             "parts before and after a flush, in the same clusters and others",
@@ -97,8 +97,7 @@ fn stories() -> Vec<(String, Vec<Step>)> {
                 Close,
             ],
         ),
-    ];
-    stories.map(|(name, steps)| (name.to_owned(), steps)).into()
+    ]
 }
 
 /// Up to `limit` states of a point: nothing lost, all lost, and others that the seed draws.
@@ -123,18 +122,19 @@ fn states(store: &RecordingStore, point: usize, limit: u64, rng: &mut Rng) -> Ve
 /// Runs the stories and some seeded steps on a start image. Equal states are tried once.
 fn sweep(version: Version, shape: Shape) {
     let seed = env("PLOOP_CRASH_SEED", 1);
-    let mut rng = Rng(seed);
     let limit = env("PLOOP_FOREIGN_STATES", 4);
     let fx = Fixture::on_data(version, shape, CLUSTERS);
     assert!(fx.below.iter().all(|w| *w != 0) && fx.initial.iter().all(|w| *w != 0));
-    let mut runs = stories();
-    for seed in seed..seed + env("PLOOP_FOREIGN_SEEDS", 1) {
+    let mut runs: Vec<(u64, String, Vec<Step>)> = Vec::new();
+    runs.extend(stories().map(|(name, steps)| (seed, name.to_owned(), steps)));
+    for seed in seed..seed + env("PLOOP_FOREIGN_SEEDS", 2) {
         let steps = workload::seeded(seed, 14, CLUSTERS);
-        runs.push((format!("PLOOP_CRASH_SEED={seed}"), steps));
+        runs.push((seed, format!("PLOOP_CRASH_SEED={seed}"), steps));
     }
     let mut known: HashMap<u64, Vec<Outcome>> = HashMap::new();
     let (mut looked, mut changed, mut refused) = (0, 0, 0);
-    for (name, steps) in runs {
+    for (seed, name, steps) in runs {
+        let mut rng = Rng(seed);
         let store = RecordingStore::on(&fx.start);
         let history = History::new(&store, fx.initial.clone(), fx.closed());
         Runner::new(&fx, store.store(), &history).run(&steps);

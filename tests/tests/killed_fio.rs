@@ -104,6 +104,9 @@ fn writer(round: u64, rng: &mut Rng, uri: &str, dir: &Path) -> Fio {
         .args(["--rw=randwrite", "--bssplit=4k/55:8k/15:16k/15:64k/15"])
         .args(["--do_verify=0", "--write_lat_log=w", "--log_offset=1"])
         .args(["--per_job_logs=1", "--allrandrepeat=1"])
+        // All that a region holds: before a log grows fio waits for what is in flight, which is for
+        // ever when the server is gone.
+        .arg(format!("--log_entries={}", REGION / 4096 + 1))
         .arg(format!("--randseed={}", rng.below(1 << 40)));
     for (n, (depth, fsync)) in (0..).zip(JOBS) {
         // Half of the regions begin off the grid of 4 KiB.

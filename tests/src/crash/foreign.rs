@@ -3,6 +3,7 @@
 //! ```text
 //!  state ── write_out ──► a real directory each for ─┬─ nobody
 //!                                                    ├─ qemu-img check -r all
+//!                                                    ├─ qemu-io, writing a whole cluster
 //!                                                    ├─ ploop check -f -c -d      OpenVZ 7
 //!                                                    └─ the same, cutting the end  OpenVZ 6
 //!            all sectors ◄── read-only, read-write, closed ◄── Opener::host
@@ -15,14 +16,14 @@
 //! |---|---|
 //! | in any other | that, or what it was before any write, or what lies below |
 //!
-//! and where the tool changed no byte, what a crash may leave, without a refusal. So nothing is ever
+//! and what the tool wrote for the guest is there; where it changed no byte, what a crash may leave, without a refusal. So nothing is ever
 //! zeros that the guest did not zero.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::RwLock;
 
 use ploop::disk::open::{DESCRIPTOR, OpenOptions, Opener, Source};
@@ -45,7 +46,9 @@ pub enum Tool {
     /// Nobody.
     None,
     /// `qemu-img check -r all`.
-    Qemu,
+    QemuCheck,
+    /// `qemu-io`, which repairs what it opens, and writes a cluster where the image has room.
+    QemuWrite,
     /// OpenVZ 7's `ploop check -f -c -d`.
     Openvz,
     /// OpenVZ 6's, which also cuts what lies behind the last cluster in use.
@@ -54,7 +57,13 @@ pub enum Tool {
 
 impl Tool {
     /// All of them.
-    pub const ALL: [Tool; 4] = [Tool::None, Tool::Qemu, Tool::Openvz, Tool::OpenvzCutting];
+    pub const ALL: [Tool; 5] = [
+        Tool::None,
+        Tool::QemuCheck,
+        Tool::QemuWrite,
+        Tool::Openvz,
+        Tool::OpenvzCutting,
+    ];
 }
 
 /// What came of a state under one tool.
@@ -158,7 +167,8 @@ impl Left {
         let before = fs::read(&image).unwrap();
         match tool {
             Tool::None => {}
-            Tool::Qemu => qemu_repair(&image)?,
+            Tool::QemuCheck => qemu_check(&image)?,
+            Tool::QemuWrite => qemu_write(&image, self.cluster_to_write())?,
             Tool::Openvz => openvz_repair(&image, false),
             Tool::OpenvzCutting => openvz_repair(&image, true),
         }
@@ -187,6 +197,11 @@ impl Left {
         })
     }
 
+    /// One that the image has no entry of: QEMU takes for free what is a part's of ours.
+    fn cluster_to_write(&self) -> u64 {
+        self.named.iter().position(|named| !named).unwrap_or(0) as u64
+    }
+
     /// Compares an outcome with what is allowed at a point that leaves this state.
     pub fn check(&self, outcome: &Outcome, view: &View, weak: &Weak) -> Result<(), String> {
         let mut allowed = view.clone();
@@ -196,6 +211,12 @@ impl Left {
                     list.extend(&weak.ever[sector]);
                     list.push(weak.below[sector]);
                 }
+            }
+        }
+        if outcome.tool == Tool::QemuWrite {
+            let first = (self.cluster_to_write() * CLUSTER_SECTORS) as usize;
+            for list in &mut allowed.allowed[first..first + CLUSTER_SECTORS as usize] {
+                *list = vec![u64::from_le_bytes([PATTERN; 8])];
             }
         }
         for (how, words) in [
@@ -268,24 +289,44 @@ fn open(
     }
 }
 
+/// What QEMU writes.
+const PATTERN: u8 = 0x51;
+
 /// QEMU's findings are its own matter, but it must have looked.
-fn qemu_repair(image: &Path) -> Result<(), String> {
+fn qemu_check(image: &Path) -> Result<(), String> {
     let mut check = tool("qemu-img");
     check.args(["check", "-q", "-r", "all", "-f", "parallels"]);
-    check.arg(image).stdin(Stdio::null()).stdout(Stdio::null());
-    check.stderr(Stdio::piped());
+    let (status, said) = start(check.arg(image));
+    match status.code() {
+        Some(0..=3) => Ok(()),
+        _ => Err(format!("qemu-img check: {status}: {said}")),
+    }
+}
+
+/// An image that QEMU can't write to any more is our doing.
+fn qemu_write(image: &Path, cluster: u64) -> Result<(), String> {
+    let mut io = tool("qemu-io");
+    let write = format!("write -q -P {PATTERN} {} {CLUSTER}", cluster * CLUSTER);
+    let (status, said) = start(io.args(["-f", "parallels", "-c", &write]).arg(image));
+    match status.success() && !said.contains("failed") {
+        true => Ok(()),
+        false => Err(format!("qemu-io: {status}: {said}")),
+    }
+}
+
+/// Runs a program to its end; what it said on standard error.
+fn start(command: &mut Command) -> (ExitStatus, String) {
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(Stdio::piped());
     let child = {
         let _start = OPEN_OR_START.write().unwrap();
-        check.spawn().unwrap()
+        command.spawn().unwrap()
     };
     let out = child.wait_with_output().unwrap();
-    match out.status.code() {
-        Some(0..=3) => Ok(()),
-        _ => {
-            let said = String::from_utf8_lossy(&out.stderr).into_owned();
-            Err(format!("qemu-img check: {}: {said}", out.status))
-        }
-    }
+    (
+        out.status,
+        String::from_utf8_lossy(&out.stderr).into_owned(),
+    )
 }
 
 /// As described for `ploop check -f -c -d`: a length that is no multiple of the cluster grows to one;
