@@ -27,6 +27,7 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::iter;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -204,7 +205,7 @@ fn compare(round: u64, sent: &[Range<u64>], certain: &mut Vec<u8>, server: &Serv
         .collect();
     sent.sort_by_key(|w| w.start);
     let mut from = 0;
-    for write in sent.into_iter().chain([got.len()..got.len()]) {
+    for write in sent.into_iter().chain(iter::once(got.len()..got.len())) {
         let (is, was) = (&got[from..write.start], &certain[from..write.start]);
         if is != was {
             let at = is.iter().zip(was).position(|(a, b)| a != b).unwrap();

@@ -9,8 +9,8 @@
 //!            all sectors ◄── read-only, read-write, closed ◄── Opener::host
 //! ```
 //!
-//! Nothing that a foreign tool says matters here; what it leaves in the files does. After it a disk
-//! need not open. When it does, a sector holds
+//! Nothing that a foreign tool says matters here; what it leaves in the files does. A disk with a
+//! journal (`.ploop/journal.*`) need not open after it. When it does, a sector holds
 //!
 //! | in a cluster of which the image itself has an entry | what a crash may leave |
 //! |---|---|
@@ -111,6 +111,8 @@ pub struct Left {
     /// The same for equal states.
     pub number: u64,
     named: Vec<bool>,
+    /// There is a journal beside the image.
+    journal: bool,
 }
 
 impl Left {
@@ -125,16 +127,20 @@ impl Left {
         };
         let named = (0..fx.clusters).map(entry).collect();
         let mut hasher = DefaultHasher::new();
+        let mut journal = false;
         let dir = fx.top_path().parent().unwrap().to_path_buf();
         walk(&store, &dir, &mut |path, content| {
             path.hash(&mut hasher);
             content.hash(&mut hasher);
+            let name = path.file_name().unwrap().to_string_lossy();
+            journal |= path.parent().unwrap().ends_with(".ploop") && name.starts_with("journal.");
         });
         Left {
             image: fx.top_path(),
             number: hasher.finish(),
             store,
             named,
+            journal,
         }
     }
 
@@ -210,6 +216,8 @@ impl Left {
                 if !self.named[sector / CLUSTER_SECTORS as usize] {
                     list.extend(&weak.ever[sector]);
                     list.push(weak.below[sector]);
+                    list.sort_unstable();
+                    list.dedup();
                 }
             }
         }
@@ -225,7 +233,8 @@ impl Left {
         ] {
             let wrong = match words {
                 Ok(words) => allowed.check(words).err(),
-                Err(why) => (!outcome.changed).then(|| format!("refused: {why}")),
+                Err(_) if outcome.changed && self.journal => None,
+                Err(why) => Some(format!("refused: {why}")),
             };
             if let Some(why) = wrong {
                 let (tool, changed) = (outcome.tool, outcome.changed);
