@@ -4,6 +4,7 @@
 //!  state ── write_out ──► a real directory each for ─┬─ nobody
 //!                                                    ├─ qemu-img check -r all
 //!                                                    ├─ qemu-io, writing a whole cluster
+//!                                                    ├─ the same, crashed before it flushed
 //!                                                    ├─ ploop check -f -c -d      OpenVZ 7
 //!                                                    └─ the same, cutting the end  OpenVZ 6
 //!            all sectors ◄── read-only, read-write, closed ◄── Opener::host
@@ -22,6 +23,7 @@
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::RwLock;
@@ -49,6 +51,9 @@ pub enum Tool {
     QemuCheck,
     /// `qemu-io`, which repairs what it opens, and writes a cluster where the image has room.
     QemuWrite,
+    /// The same, ended before it wrote its table or closed: the header and the table are as they
+    /// were, what lies behind them is not.
+    QemuCrash,
     /// OpenVZ 7's `ploop check -f -c -d`.
     Openvz,
     /// OpenVZ 6's, which also cuts what lies behind the last cluster in use.
@@ -57,10 +62,11 @@ pub enum Tool {
 
 impl Tool {
     /// All of them.
-    pub const ALL: [Tool; 5] = [
+    pub const ALL: [Tool; 6] = [
         Tool::None,
         Tool::QemuCheck,
         Tool::QemuWrite,
+        Tool::QemuCrash,
         Tool::Openvz,
         Tool::OpenvzCutting,
     ];
@@ -174,11 +180,14 @@ impl Left {
         match tool {
             Tool::None => {}
             Tool::QemuCheck => qemu_check(&image)?,
-            Tool::QemuWrite => qemu_write(&image, self.cluster_to_write())?,
+            Tool::QemuWrite => qemu_write(&image, self.cluster_to_write(), false)?,
+            Tool::QemuCrash => qemu_write(&image, self.cluster_to_write(), true)?,
             Tool::Openvz => openvz_repair(&image, false),
             Tool::OpenvzCutting => openvz_repair(&image, true),
         }
-        let changed = before != fs::read(&image).unwrap();
+        // QEMU makes it far longer.
+        let len = fs::metadata(&image).unwrap().len();
+        let changed = before.len() as u64 != len || before != fs::read(&image).unwrap();
         let read_only = open(dir, false, |_| Ok(()))?;
         let read_write = open(dir, true, |disk| {
             disk.close().map_err(|e| format!("close: {e}"))
@@ -221,10 +230,12 @@ impl Left {
                 }
             }
         }
-        if outcome.tool == Tool::QemuWrite {
-            let first = (self.cluster_to_write() * CLUSTER_SECTORS) as usize;
-            for list in &mut allowed.allowed[first..first + CLUSTER_SECTORS as usize] {
-                *list = vec![u64::from_le_bytes([PATTERN; 8])];
+        let first = (self.cluster_to_write() * CLUSTER_SECTORS) as usize;
+        for list in &mut allowed.allowed[first..first + CLUSTER_SECTORS as usize] {
+            match outcome.tool {
+                Tool::QemuWrite => *list = vec![u64::from_le_bytes([PATTERN; 8])],
+                Tool::QemuCrash => list.push(u64::from_le_bytes([PATTERN; 8])),
+                _ => {}
             }
         }
         for (how, words) in [
@@ -313,11 +324,20 @@ fn qemu_check(image: &Path) -> Result<(), String> {
 }
 
 /// An image that QEMU can't write to any more is our doing.
-fn qemu_write(image: &Path, cluster: u64) -> Result<(), String> {
+fn qemu_write(image: &Path, cluster: u64, crash: bool) -> Result<(), String> {
     let mut io = tool("qemu-io");
     let write = format!("write -q -P {PATTERN} {} {CLUSTER}", cluster * CLUSTER);
-    let (status, said) = start(io.args(["-f", "parallels", "-c", &write]).arg(image));
-    match status.success() && !said.contains("failed") {
+    io.args(["-f", "parallels", "-c", &write]);
+    if crash {
+        // The cache keeps the table back until a flush.
+        io.args(["-t", "writeback", "-c", "abort"]);
+    }
+    let (status, said) = start(io.arg(image));
+    let ended = match crash {
+        true => status.signal() == Some(rustix::process::Signal::ABORT.as_raw()),
+        false => status.success(),
+    };
+    match ended && !said.contains("failed") {
         true => Ok(()),
         false => Err(format!("qemu-io: {status}: {said}")),
     }
