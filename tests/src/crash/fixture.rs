@@ -8,7 +8,7 @@
 //! | `Tail` | and two and a half clusters behind the last one, full of leftovers |
 //! | `Dirty` | holes and tail, and the in-use mark: as after a crash |
 //!
-//! Over a base, the base has whole clusters, half ones, single sectors and holes.
+//! Over a base, the base has whole clusters, half ones, single sectors and holes; or data everywhere.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -69,6 +69,8 @@ pub struct Fixture {
     pub start: MemoryStore,
     /// What the disk reads.
     pub initial: Words,
+    /// What the base reads; zeros without one.
+    pub below: Words,
     /// Clusters of the disk.
     pub clusters: u64,
     /// What the checker finds in the top image.
@@ -76,19 +78,43 @@ pub struct Fixture {
     overlay: bool,
 }
 
+/// What the top image lies on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Base {
+    None,
+    Patchy,
+    Full,
+}
+
 impl Fixture {
     /// A disk of `clusters` clusters, on a base when `overlay`.
     pub fn new(version: Version, shape: Shape, overlay: bool, clusters: u64) -> Fixture {
+        let base = if overlay { Base::Patchy } else { Base::None };
+        Fixture::on_base(version, shape, base, clusters)
+    }
+
+    /// The same on a base that has data in every sector.
+    pub fn on_data(version: Version, shape: Shape, clusters: u64) -> Fixture {
+        Fixture::on_base(version, shape, Base::Full, clusters)
+    }
+
+    fn on_base(version: Version, shape: Shape, base: Base, clusters: u64) -> Fixture {
         let store = MemoryStore::new();
         store.create_dir(Path::new(DIR)).unwrap();
+        let overlay = base != Base::None;
+        let mut base_words = vec![0; (clusters * CLUSTER_SECTORS) as usize];
         if overlay {
-            // Smaller than the top: what lies behind its end is zeros.
-            let size = clusters - 1;
+            // A patchy one is smaller than the top: what lies behind its end is zeros.
+            let size = clusters - u64::from(base == Base::Patchy);
             let disk = new_image(&store, BOTTOM, version, size, None);
             for cluster in 0..size {
-                write_base(&disk, cluster);
+                // Every fifth cluster of a patchy base is full.
+                let like = if base == Base::Full { 0 } else { cluster };
+                write_base(&disk, cluster, like);
             }
             disk.close().unwrap();
+            let words = words_of(&disk).unwrap();
+            base_words[..words.len()].copy_from_slice(&words);
         }
         let top = if overlay { OVERLAY } else { BOTTOM };
         let below = overlay.then(|| sealed(&store, BOTTOM));
@@ -107,13 +133,18 @@ impl Fixture {
 
         let name = format!(
             "{version:?}, {shape:?}, {}",
-            if overlay { "on a base" } else { "bare" }
+            match base {
+                Base::None => "bare",
+                Base::Patchy => "on a base",
+                Base::Full => "on a base full of data",
+            }
         );
         let initial = Words::default();
         let mut fixture = Fixture {
             name,
             start: store,
             initial,
+            below: Arc::new(base_words),
             clusters,
             findings: vec![],
             overlay,
@@ -234,9 +265,10 @@ fn sealed(store: &MemoryStore, path: &str) -> Arc<Chain> {
     Arc::new(Chain::new(vec![Arc::new(PloopDelta::open(file).unwrap())]).unwrap())
 }
 
-fn write_base(disk: &Disk, cluster: u64) {
+/// Fills `cluster` in the way of cluster `like` of a patchy base.
+fn write_base(disk: &Disk, cluster: u64, like: u64) {
     let first = cluster * CLUSTER_SECTORS;
-    let sectors = match cluster % 5 {
+    let sectors = match like % 5 {
         0 => first..first + CLUSTER_SECTORS,
         1 => first + 8..first + 9,
         2 => first + 20..first + CLUSTER_SECTORS,

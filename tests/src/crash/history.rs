@@ -273,6 +273,19 @@ impl History {
         }
     }
 
+    /// What each sector has had or may have got up to `point`, flushed or not.
+    pub fn ever(&self, point: usize) -> Vec<Vec<u64>> {
+        let ops = self.ops.lock().unwrap();
+        let spans = self.spans(point, ops.len());
+        let mut ever: Vec<Vec<u64>> = self.initial.iter().map(|word| vec![*word]).collect();
+        for (id, (op, span)) in ops.iter().zip(spans).enumerate() {
+            for (sector, word) in span.map_or_else(Vec::new, |s| self.effect(id, op, &s, false)) {
+                ever[sector as usize].push(word);
+            }
+        }
+        ever
+    }
+
     /// The sectors that an operation changes and their values: all possible ones, or only those
     /// that it changed for certain.
     fn effect(&self, id: usize, op: &Op, span: &Span, certain: bool) -> Vec<(u64, u64)> {

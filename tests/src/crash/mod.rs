@@ -22,12 +22,13 @@
 //! * [`full`]: a host without room.
 //! * [`scene`], [`live`], [`promise`]: disks with trees, operations on them under clients, and what
 //!   is promised at every instant of those; [`front`] sees each store call before it is made.
-//! * [`qemu`]: the second opinion.
+//! * [`qemu`]: the second opinion. [`foreign`]: what is left of a state that another tool repaired.
 //!
 //! A sector holds one number, 64 times over: which operation wrote it, and for which sector. So a
 //! sector that shows another's bytes, a mixture or garbage is known at a glance.
 
 pub mod fixture;
+pub mod foreign;
 pub mod front;
 pub mod full;
 pub mod history;
