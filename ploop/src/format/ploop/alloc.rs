@@ -7,7 +7,12 @@
 //!   │ used or free │ never used  │ end of file, rounded down
 //! ```
 //!
-//! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew).
+//! Clusters that are to be completed later need their room at once. It is taken for several in one
+//! call, ahead: those are `roomy`, were counted as used by `next`, and are handed out to such
+//! clusters only, so a sparse one never keeps room.
+//!
+//! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew), and
+//! so does what is roomy; no entry names that.
 //! A range in `free` may hold anything, and is named by no entry, in memory or on disk: an entry
 //! goes from 0 to a cluster and never back while an image is open, so a free cluster was free at
 //! open, or was handed out and given back before any entry named it.
@@ -23,6 +28,11 @@ use crate::verify::Used;
 /// The file grows by an eighth of itself, this many bytes at most, one cluster at least.
 const STEP_MAX: u64 = 128 << 20;
 
+/// Room is taken ahead for an eighth of what needed it so far, between these. Small at first: a
+/// thousand disks that are written to once hold little that they do not need.
+const AHEAD_MIN: u64 = 256 << 10;
+const AHEAD_MAX: u64 = 4 << 20;
+
 /// The free clusters of one image.
 #[derive(Debug)]
 pub struct Alloc {
@@ -34,6 +44,10 @@ pub struct Alloc {
     grown: u64,
     /// start → end, not touching each other, all below `next`.
     free: BTreeMap<u64, u64>,
+    /// Their room is taken and nobody has them.
+    roomy: Vec<Range<u64>>,
+    /// How many had their room taken so far.
+    ahead: u64,
 }
 
 /// Clusters that were handed out.
@@ -73,6 +87,8 @@ impl Alloc {
             next,
             grown: next,
             free,
+            roomy: Vec::new(),
+            ahead: 0,
         }
     }
 
@@ -137,6 +153,41 @@ impl Alloc {
             clusters: start..stop,
             stale: false,
         })
+    }
+
+    /// Hands out a cluster that reads as zeros and whose room is taken, if there is one.
+    pub fn take_roomy(&mut self) -> Option<u64> {
+        let last = self.roomy.last_mut()?;
+        let cluster = last.start;
+        last.start += 1;
+        if last.is_empty() {
+            self.roomy.pop();
+        }
+        Some(cluster)
+    }
+
+    /// For how many clusters to take room next.
+    pub fn want_roomy(&self) -> u64 {
+        if let Some(n) = std::env::var("ROOM").ok().and_then(|v| v.parse().ok()) { return n; }
+        let bytes = (self.ahead * self.cluster / 8).clamp(AHEAD_MIN, AHEAD_MAX);
+        (bytes / self.cluster).max(1)
+    }
+
+    /// Keeps clusters that were handed out, read as zeros and have their room, for
+    /// [`Alloc::take_roomy`].
+    pub fn keep_roomy(&mut self, clusters: Range<u64>) {
+        self.ahead += clusters.end - clusters.start;
+        self.roomy.push(clusters);
+    }
+
+    /// Takes back what is roomy. Whoever cuts the file gives that room back, and of the ranges that
+    /// this returns he punches what stays.
+    pub fn give_up_roomy(&mut self) -> Vec<Range<u64>> {
+        let roomy = std::mem::take(&mut self.roomy);
+        for clusters in &roomy {
+            self.give_back(clusters.clone());
+        }
+        roomy
     }
 
     /// Takes back clusters that no entry ever named.
