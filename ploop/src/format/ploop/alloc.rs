@@ -168,7 +168,6 @@ impl Alloc {
 
     /// For how many clusters to take room next.
     pub fn want_roomy(&self) -> u64 {
-        if let Some(n) = std::env::var("ROOM").ok().and_then(|v| v.parse().ok()) { return n; }
         let bytes = (self.ahead * self.cluster / 8).clamp(AHEAD_MIN, AHEAD_MAX);
         (bytes / self.cluster).max(1)
     }
@@ -276,6 +275,28 @@ mod tests {
             }
         );
         assert!(file.len().unwrap() >= a.offset(5));
+    }
+
+    #[test]
+    fn room_is_taken_ahead_in_growing_steps_and_what_is_left_comes_back() {
+        let store = MemoryStore::new();
+        let file = store.create(Path::new("/i"), 0o600).unwrap();
+        let mut a = Alloc::new(&header(), &Used::default());
+        assert_eq!(a.take_roomy(), None);
+        let first = a.want_roomy();
+        assert_eq!(first * a.cluster, AHEAD_MIN);
+        let taken = a.take(first, &*file).unwrap().clusters;
+        a.keep_roomy(taken.start + 1..taken.end);
+        let sparse = a.take(1, &*file).unwrap().clusters;
+        assert_eq!(sparse, first..first + 1, "none of those with room");
+        assert_eq!(a.take_roomy(), Some(1));
+        let left = 2..first;
+        assert_eq!(a.give_up_roomy(), vec![left.clone()]);
+        assert_eq!(a.take_roomy(), None);
+        let again = a.take(99, &*file).unwrap();
+        assert_eq!((again.clusters, again.stale), (left, true));
+        a.ahead = 1 << 30;
+        assert_eq!(a.want_roomy() * a.cluster, AHEAD_MAX);
     }
 
     #[test]

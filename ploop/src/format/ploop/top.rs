@@ -368,7 +368,8 @@ impl Top {
         for clusters in given_up {
             let at = first + clusters.start * bytes;
             if at < end {
-                self.file.punch(at, (clusters.end - clusters.start) * bytes)?;
+                self.file
+                    .punch(at, (clusters.end - clusters.start) * bytes)?;
             }
         }
         Ok(())
