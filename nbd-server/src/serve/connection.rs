@@ -143,13 +143,18 @@ impl Sink for Answers<'_> {
         Ok(sent)
     }
 
-    fn is_ready(&mut self) -> bool {
+    fn is_ready(&mut self, patient: bool) -> bool {
         // A unix socket says so when three quarters of its room are free: more than a pipe holds.
         let Socket::Unix(s) = self.socket else {
             return false;
         };
         let mut one = [PollFd::new(s, PollFlags::OUT)];
-        let ready = poll(&mut one, Some(&PATIENCE));
+        let patience = if patient {
+            PATIENCE
+        } else {
+            Timespec::default()
+        };
+        let ready = poll(&mut one, Some(&patience));
         matches!(ready, Ok(1)) && one[0].revents() == PollFlags::OUT
     }
 

@@ -63,9 +63,9 @@ pub trait Sink {
         self.send(bytes).map(|()| bytes.len())
     }
 
-    /// True when [`Sink::send_piped`] and a little before it would not wait for the client. May wait a
-    /// moment to find out.
-    fn is_ready(&mut self) -> bool {
+    /// True when [`Sink::send_piped`] and a little before it would not wait for the client. `patient`:
+    /// may wait a moment to find out.
+    fn is_ready(&mut self, _patient: bool) -> bool {
         false
     }
 
@@ -425,7 +425,12 @@ impl Engine {
     /// sent then: nobody has a lease yet.
     fn may_pipe(&mut self, piece: &Range<u64>, sink: &mut dyn Sink) -> io::Result<bool> {
         let fits = (PIPE_MIN..=pipe::MOST).contains(&(piece.end - piece.start));
-        if !fits || self.no_pipe || !sink.is_ready() {
+        if !fits || self.no_pipe {
+            return Ok(false);
+        }
+        // Who waits has no lease.
+        let patient = !self.deferred.as_ref().is_some_and(Deferred::must_land);
+        if !sink.is_ready(patient) {
             return Ok(false);
         }
         if self.out.len() > COPY_MAX {
@@ -459,6 +464,7 @@ impl Engine {
         };
         let filled = pipe.fill(lease, &self.scratch.segments);
         if !filled.map_err(|e| Stop::Failed(e, piece.start))? {
+            self.pipe = Some(pipe).filter(Pipe::is_empty);
             return Ok(false);
         }
         ask.end_hole(hole, &mut self.out);

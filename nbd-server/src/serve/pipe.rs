@@ -43,6 +43,11 @@ impl Pipe {
         Ok(true)
     }
 
+    /// True when nothing is in it.
+    pub(super) fn is_empty(&self) -> bool {
+        rustix::io::ioctl_fionread(&self.reader) == Ok(0)
+    }
+
     /// The end where bytes come out.
     pub(super) fn reader(&self) -> BorrowedFd<'_> {
         self.reader.as_fd()

@@ -8,11 +8,10 @@
 //! ```
 //!
 //! Clusters that are to be completed later need their room at once. It is taken for several in one
-//! call, ahead: those are `roomy`, were counted as used by `next`, and are handed out to such
-//! clusters only, so a sparse one never keeps room.
+//! call, ahead: from `next` to `roomy`. Any other that comes upon those is to be punched first, so a
+//! sparse one keeps no room; and none is passed over, which would leave a gap in a closed image.
 //!
-//! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew), and
-//! so does what is roomy; no entry names that.
+//! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew).
 //! A range in `free` may hold anything, and is named by no entry, in memory or on disk: an entry
 //! goes from 0 to a cluster and never back while an image is open, so a free cluster was free at
 //! open, or was handed out and given back before any entry named it.
@@ -44,9 +43,9 @@ pub struct Alloc {
     grown: u64,
     /// start → end, not touching each other, all below `next`.
     free: BTreeMap<u64, u64>,
-    /// Their room is taken and nobody has them.
-    roomy: Vec<Range<u64>>,
-    /// How many had their room taken so far.
+    /// From `next` to here room is taken; nowhere when this is not above `next`.
+    roomy: u64,
+    /// For how many clusters room was taken so far.
     ahead: u64,
 }
 
@@ -87,7 +86,7 @@ impl Alloc {
             next,
             grown: next,
             free,
-            roomy: Vec::new(),
+            roomy: 0,
             ahead: 0,
         }
     }
@@ -114,7 +113,7 @@ impl Alloc {
             self.free.remove(&start);
             self.next = start;
         }
-        self.grown = self.next;
+        (self.grown, self.roomy) = (self.next, 0);
     }
 
     /// Hands out up to `want` contiguous clusters, one at least: free ones first, then new ones at
@@ -142,51 +141,64 @@ impl Alloc {
             .on(file.path())
             .fix("Compact the image, or convert it to larger clusters"));
         }
+        let roomy = self.next < self.roomy;
+        let stop = if roomy { stop.min(self.roomy) } else { stop };
+        self.grow(stop, file)?;
+        let start = std::mem::replace(&mut self.next, stop);
+        Ok(Taken {
+            clusters: start..stop,
+            stale: roomy,
+        })
+    }
+
+    /// Hands out one cluster; true when its room is taken, too. Takes room for more at once, unless
+    /// the host is short of it, or free clusters are there.
+    pub fn take_roomy(&mut self, file: &dyn StoreFile) -> Result<(Taken, bool)> {
+        if self.free.is_empty() && self.next >= self.roomy {
+            self.make_room(file)?;
+        }
+        if !self.free.is_empty() || self.next >= self.roomy {
+            return Ok((self.take(1, file)?, false));
+        }
+        let cluster = self.next;
+        self.next += 1;
+        let taken = Taken {
+            clusters: cluster..cluster + 1,
+            stale: false,
+        };
+        Ok((taken, true))
+    }
+
+    fn make_room(&mut self, file: &dyn StoreFile) -> Result<()> {
+        let bytes = (self.ahead * self.cluster / 8).clamp(AHEAD_MIN, AHEAD_MAX);
+        let want = (bytes / self.cluster).max(1);
+        let stop = (self.next + want).min(self.limit);
+        if stop <= self.next {
+            return Ok(());
+        }
+        self.grow(stop, file)?;
+        let (offset, len) = (self.offset(self.next), (stop - self.next) * self.cluster);
+        match file.reserve(offset, len) {
+            Ok(()) => {
+                self.ahead += stop - self.next;
+                self.roomy = stop;
+                Ok(())
+            }
+            // What it got of the room goes back: others need it as much.
+            Err(e) if e.kind() == Kind::NoSpace => file.punch(offset, len),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Makes the file long enough for clusters up to `stop`.
+    fn grow(&mut self, stop: u64, file: &dyn StoreFile) -> Result<()> {
         if stop > self.grown {
             let step = (self.offset(self.grown) / 8).min(STEP_MAX) / self.cluster;
             let target = stop.max(self.grown + step.max(1)).min(self.limit.max(stop));
             file.set_len(self.offset(target))?;
             self.grown = target;
         }
-        let start = std::mem::replace(&mut self.next, stop);
-        Ok(Taken {
-            clusters: start..stop,
-            stale: false,
-        })
-    }
-
-    /// Hands out a cluster that reads as zeros and whose room is taken, if there is one.
-    pub fn take_roomy(&mut self) -> Option<u64> {
-        let last = self.roomy.last_mut()?;
-        let cluster = last.start;
-        last.start += 1;
-        if last.is_empty() {
-            self.roomy.pop();
-        }
-        Some(cluster)
-    }
-
-    /// For how many clusters to take room next.
-    pub fn want_roomy(&self) -> u64 {
-        let bytes = (self.ahead * self.cluster / 8).clamp(AHEAD_MIN, AHEAD_MAX);
-        (bytes / self.cluster).max(1)
-    }
-
-    /// Keeps clusters that were handed out, read as zeros and have their room, for
-    /// [`Alloc::take_roomy`].
-    pub fn keep_roomy(&mut self, clusters: Range<u64>) {
-        self.ahead += clusters.end - clusters.start;
-        self.roomy.push(clusters);
-    }
-
-    /// Takes back what is roomy. Whoever cuts the file gives that room back, and of the ranges that
-    /// this returns he punches what stays.
-    pub fn give_up_roomy(&mut self) -> Vec<Range<u64>> {
-        let roomy = std::mem::take(&mut self.roomy);
-        for clusters in &roomy {
-            self.give_back(clusters.clone());
-        }
-        roomy
+        Ok(())
     }
 
     /// Takes back clusters that no entry ever named.
@@ -278,25 +290,28 @@ mod tests {
     }
 
     #[test]
-    fn room_is_taken_ahead_in_growing_steps_and_what_is_left_comes_back() {
+    fn room_is_taken_ahead_and_a_sparse_cluster_keeps_none_of_it() {
         let store = MemoryStore::new();
         let file = store.create(Path::new("/i"), 0o600).unwrap();
         let mut a = Alloc::new(&header(), &Used::default());
-        assert_eq!(a.take_roomy(), None);
-        let first = a.want_roomy();
-        assert_eq!(first * a.cluster, AHEAD_MIN);
-        let taken = a.take(first, &*file).unwrap().clusters;
-        a.keep_roomy(taken.start + 1..taken.end);
-        let sparse = a.take(1, &*file).unwrap().clusters;
-        assert_eq!(sparse, first..first + 1, "none of those with room");
-        assert_eq!(a.take_roomy(), Some(1));
-        let left = 2..first;
-        assert_eq!(a.give_up_roomy(), vec![left.clone()]);
-        assert_eq!(a.take_roomy(), None);
-        let again = a.take(99, &*file).unwrap();
-        assert_eq!((again.clusters, again.stale), (left, true));
+        let (taken, room) = a.take_roomy(&*file).unwrap();
+        assert_eq!((taken.clusters, taken.stale, room), (0..1, false, true));
+        assert_eq!(a.roomy * a.cluster, AHEAD_MIN);
+        assert!(file.len().unwrap() >= a.offset(a.roomy));
+        let sparse = a.take(1, &*file).unwrap();
+        assert_eq!((sparse.clusters, sparse.stale), (1..2, true));
+        a.give_back(1..2);
+        let (again, room) = a.take_roomy(&*file).unwrap();
+        assert_eq!((again.clusters, again.stale, room), (1..2, true, false));
+        let rest = a.take(99, &*file).unwrap();
+        assert_eq!((rest.clusters, rest.stale), (2..a.roomy, true));
+        let new = a.take(1, &*file).unwrap();
+        assert_eq!((new.clusters.start, new.stale), (a.roomy, false));
+        assert_eq!(a.used_len(), a.offset(a.roomy + 1));
         a.ahead = 1 << 30;
-        assert_eq!(a.want_roomy() * a.cluster, AHEAD_MAX);
+        let before = a.next;
+        a.take_roomy(&*file).unwrap();
+        assert_eq!((a.roomy - before) * a.cluster, AHEAD_MAX);
     }
 
     #[test]

@@ -322,57 +322,17 @@ impl Top {
     /// the host is taken: it is unless that is short. The caller holds [`Top::busy`] for the guest
     /// cluster.
     pub fn allocate_roomy(&self) -> Result<(u64, bool)> {
-        let (Taken { clusters, stale }, offset) = {
+        let (Taken { clusters, stale }, room, offset) = {
             let mut alloc = lock(&self.alloc);
-            if let Some(cluster) = alloc.take_roomy() {
-                return Ok((alloc.offset(cluster), true));
-            }
-            let want = alloc.want_roomy();
-            let taken = alloc.take(want, self.file.as_ref())?;
+            let (taken, room) = alloc.take_roomy(self.file.as_ref())?;
             let offset = alloc.offset(taken.clusters.start);
-            (taken, offset)
+            (taken, room, offset)
         };
-        // Without the lock: a disk that is slow here holds up nobody else.
-        let len = (clusters.end - clusters.start) * self.header.cluster_bytes();
-        let taken = match stale {
-            true => self.file.zero(offset, len),
-            false => self.file.reserve(offset, len),
-        };
-        let room = match taken {
-            // What it got of the room goes back: others need it as much.
-            Err(e) if e.kind() == Kind::NoSpace => self.file.punch(offset, len).map(|()| false),
-            other => other.map(|()| true),
-        };
-        let rest = clusters.start + 1..clusters.end;
-        let mut alloc = lock(&self.alloc);
-        match room {
-            Ok(true) if !rest.is_empty() => alloc.keep_roomy(rest),
-            Ok(false) if !rest.is_empty() => alloc.give_back(rest),
-            Ok(_) => {}
-            Err(e) => {
-                alloc.give_back(clusters);
-                return Err(e);
-            }
+        if stale && let Err(e) = self.file.punch(offset, self.header.cluster_bytes()) {
+            lock(&self.alloc).give_back(clusters);
+            return Err(e);
         }
-        drop(alloc);
-        room.map(|room| (offset, room))
-    }
-
-    /// Gives back the room that was taken ahead. The caller cuts the file afterwards.
-    fn give_up_room(&self) -> Result<()> {
-        let (given_up, end, first) = {
-            let mut alloc = lock(&self.alloc);
-            (alloc.give_up_roomy(), alloc.used_len(), alloc.offset(0))
-        };
-        let bytes = self.header.cluster_bytes();
-        for clusters in given_up {
-            let at = first + clusters.start * bytes;
-            if at < end {
-                self.file
-                    .punch(at, (clusters.end - clusters.start) * bytes)?;
-            }
-        }
-        Ok(())
+        Ok((offset, room))
     }
 
     /// Takes back file clusters that were allocated and never committed.
@@ -515,7 +475,6 @@ impl Top {
             }
             self.mark_in_use()?;
         }
-        self.give_up_room()?;
         self.flush()?;
         let used_len = lock(&self.alloc).used_len();
         if self.file.len()? != used_len {
