@@ -18,7 +18,7 @@ const LOOK: u64 = 32 << 10;
 pub(super) fn is_cached(file: &File, offset: u64, len: usize) -> bool {
     let end = offset.saturating_add(len as u64);
     let pages = end.div_ceil(PAGE) - offset / PAGE;
-    if !count(file, offset, len as u64).is_some_and(|n| n >= pages) {
+    if count(file, offset, len as u64).is_none_or(|n| n < pages) {
         return false;
     }
     let starts = (offset..end).step_by(LOOK as usize);
