@@ -22,6 +22,7 @@ mod jobs;
 mod line;
 pub(crate) mod listen;
 mod mailbox;
+mod pipe;
 pub mod plane;
 mod pool;
 mod read;

@@ -30,6 +30,8 @@ struct New {
     offset: u64,
     /// Its granules after the commit, unless it is complete then.
     present: Option<Granules>,
+    /// Its room on the host is taken.
+    room: bool,
 }
 
 /// Clusters of one prepared write that are not complete in the top, all locked.
@@ -78,10 +80,25 @@ impl NewClusters {
                     cluster: cluster + done + i,
                     offset: offset + i * bytes,
                     present: None,
+                    room: false,
                 });
             }
             done += n;
         }
+        Ok(())
+    }
+
+    /// Allocates for one locked guest cluster that is to be a part, with the room for all of it if
+    /// the host has that.
+    fn allocate_roomy(&mut self, cluster: u64) -> Result<()> {
+        self.top.make_room(cluster..cluster + 1)?;
+        let (offset, room) = self.top.allocate_roomy()?;
+        self.new.push(New {
+            cluster,
+            offset,
+            present: None,
+            room,
+        });
         Ok(())
     }
 
@@ -194,12 +211,19 @@ impl Stack {
         }
         let mut at = 0;
         while at < found.len() {
+            let cluster = clusters.start + at as u64;
             let run = found[at..].iter().take_while(|f| **f == Found::Below);
-            let run = run.count();
-            if run > 0 {
-                new.allocate(clusters.start + at as u64, run as u64)?;
+            let run = run.count() as u64;
+            if run > 0 && self.is_over_data(range, cluster)? {
+                new.allocate_roomy(cluster)?;
+                at += 1;
+                continue;
             }
-            at += run.max(1);
+            // Only the ends of the range can be parts.
+            let end = run > 1 && self.is_over_data(range, cluster + run - 1)?;
+            let count = run - u64::from(end);
+            new.allocate(cluster, count)?;
+            at += (count as usize).max(1);
         }
         for (cluster, found) in clusters.zip(found) {
             let covered = part(range, cluster, bytes);
@@ -211,6 +235,18 @@ impl Stack {
             push(segments, offset, &covered, bytes);
         }
         Ok(WriteLease::allocating(top.file().clone(), Box::new(new)).telling(top.clone()))
+    }
+
+    /// True when a write to `range` leaves some of `cluster`, and no byte below it is a hole: then all
+    /// of its room will be needed.
+    fn is_over_data(&self, range: &Range<u64>, cluster: u64) -> Result<bool> {
+        let guest = self.extent(cluster);
+        if part(range, cluster, self.cluster) == guest || !self.cluster.is_multiple_of(GRANULE) {
+            return Ok(false);
+        }
+        let mut below = Vec::new();
+        self.map_below(guest, &mut below)?;
+        Ok(below.iter().all(|s| s.place != SegmentPlace::Hole))
     }
 
     /// Prepares a cluster that was just allocated for a write to `covered`; gives its file offset.
@@ -257,7 +293,11 @@ impl Stack {
             }
             return Ok(new.offset);
         }
-        for missing in present.missing() {
+        let missing = match new.room {
+            true => Vec::new(),
+            false => present.missing(),
+        };
+        for missing in missing {
             let len = (missing.end - missing.start) * GRANULE;
             top.file()
                 .reserve(new.offset + missing.start * GRANULE, len)?;

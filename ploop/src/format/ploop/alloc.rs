@@ -7,6 +7,10 @@
 //!   │ used or free │ never used  │ end of file, rounded down
 //! ```
 //!
+//! Clusters that are to be completed later need their room at once. It is taken for several in one
+//! call, ahead: from `next` to `roomy`. Any other that comes upon those is to be punched first, so a
+//! sparse one keeps no room; and none is passed over, which would leave a gap in a closed image.
+//!
 //! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew).
 //! A range in `free` may hold anything, and is named by no entry, in memory or on disk: an entry
 //! goes from 0 to a cluster and never back while an image is open, so a free cluster was free at
@@ -23,6 +27,11 @@ use crate::verify::Used;
 /// The file grows by an eighth of itself, this many bytes at most, one cluster at least.
 const STEP_MAX: u64 = 128 << 20;
 
+/// Room is taken ahead for an eighth of what needed it so far, between these. Small at first: a
+/// thousand disks that are written to once hold little that they do not need.
+const AHEAD_MIN: u64 = 256 << 10;
+const AHEAD_MAX: u64 = 4 << 20;
+
 /// The free clusters of one image.
 #[derive(Debug)]
 pub struct Alloc {
@@ -36,6 +45,10 @@ pub struct Alloc {
     tail: u64,
     /// start → end, not touching each other, all below `next`.
     free: BTreeMap<u64, u64>,
+    /// From `next` to here room is taken; nowhere when this is not above `next`.
+    roomy: u64,
+    /// For how many clusters room was taken so far.
+    ahead: u64,
 }
 
 /// Clusters that were handed out.
@@ -76,6 +89,8 @@ impl Alloc {
             grown: next,
             tail: 0,
             free,
+            roomy: 0,
+            ahead: 0,
         }
     }
 
@@ -112,7 +127,7 @@ impl Alloc {
             self.free.remove(&start);
             self.next = start;
         }
-        self.grown = self.next;
+        (self.grown, self.roomy) = (self.next, 0);
     }
 
     /// Hands out up to `want` contiguous clusters, one at least: free ones first, then new ones at
@@ -140,17 +155,64 @@ impl Alloc {
             .on(file.path())
             .fix("Compact the image, or convert it to larger clusters"));
         }
+        let roomy = self.next < self.roomy;
+        let stop = if roomy { stop.min(self.roomy) } else { stop };
+        self.grow(stop, file)?;
+        let start = std::mem::replace(&mut self.next, stop);
+        Ok(Taken {
+            clusters: start..stop,
+            stale: roomy,
+        })
+    }
+
+    /// Hands out one cluster; true when its room is taken, too. Takes room for more at once, unless
+    /// the host is short of it, or free clusters are there.
+    pub fn take_roomy(&mut self, file: &dyn StoreFile) -> Result<(Taken, bool)> {
+        if self.free.is_empty() && self.next >= self.roomy {
+            self.make_room(file)?;
+        }
+        if !self.free.is_empty() || self.next >= self.roomy {
+            return Ok((self.take(1, file)?, false));
+        }
+        let cluster = self.next;
+        self.next += 1;
+        let taken = Taken {
+            clusters: cluster..cluster + 1,
+            stale: false,
+        };
+        Ok((taken, true))
+    }
+
+    fn make_room(&mut self, file: &dyn StoreFile) -> Result<()> {
+        let bytes = (self.ahead * self.cluster / 8).clamp(AHEAD_MIN, AHEAD_MAX);
+        let want = (bytes / self.cluster).max(1);
+        let stop = (self.next + want).min(self.limit);
+        if stop <= self.next {
+            return Ok(());
+        }
+        self.grow(stop, file)?;
+        let (offset, len) = (self.offset(self.next), (stop - self.next) * self.cluster);
+        match file.reserve(offset, len) {
+            Ok(()) => {
+                self.ahead += stop - self.next;
+                self.roomy = stop;
+                Ok(())
+            }
+            // What it got of the room goes back: others need it as much.
+            Err(e) if e.kind() == Kind::NoSpace => file.punch(offset, len),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Makes the file long enough for clusters up to `stop`.
+    fn grow(&mut self, stop: u64, file: &dyn StoreFile) -> Result<()> {
         if stop > self.grown {
             let step = (self.offset(self.grown) / 8).min(STEP_MAX) / self.cluster;
             let target = stop.max(self.grown + step.max(1)).min(self.limit.max(stop));
             file.set_len(self.offset(target) + self.tail)?;
             self.grown = target;
         }
-        let start = std::mem::replace(&mut self.next, stop);
-        Ok(Taken {
-            clusters: start..stop,
-            stale: false,
-        })
+        Ok(())
     }
 
     /// Takes back clusters that no entry ever named.
@@ -239,6 +301,31 @@ mod tests {
             }
         );
         assert!(file.len().unwrap() >= a.offset(5));
+    }
+
+    #[test]
+    fn room_is_taken_ahead_and_a_sparse_cluster_keeps_none_of_it() {
+        let store = MemoryStore::new();
+        let file = store.create(Path::new("/i"), 0o600).unwrap();
+        let mut a = Alloc::new(&header(), &Used::default());
+        let (taken, room) = a.take_roomy(&*file).unwrap();
+        assert_eq!((taken.clusters, taken.stale, room), (0..1, false, true));
+        assert_eq!(a.roomy * a.cluster, AHEAD_MIN);
+        assert!(file.len().unwrap() >= a.offset(a.roomy));
+        let sparse = a.take(1, &*file).unwrap();
+        assert_eq!((sparse.clusters, sparse.stale), (1..2, true));
+        a.give_back(1..2);
+        let (again, room) = a.take_roomy(&*file).unwrap();
+        assert_eq!((again.clusters, again.stale, room), (1..2, true, false));
+        let rest = a.take(99, &*file).unwrap();
+        assert_eq!((rest.clusters, rest.stale), (2..a.roomy, true));
+        let new = a.take(1, &*file).unwrap();
+        assert_eq!((new.clusters.start, new.stale), (a.roomy, false));
+        assert_eq!(a.used_len(), a.offset(a.roomy + 1));
+        a.ahead = 1 << 30;
+        let before = a.next;
+        a.take_roomy(&*file).unwrap();
+        assert_eq!((a.roomy - before) * a.cluster, AHEAD_MAX);
     }
 
     #[test]

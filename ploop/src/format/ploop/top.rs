@@ -361,6 +361,23 @@ impl Top {
         Ok((offset, count))
     }
 
+    /// Hands out one file cluster that reads as zeros; gives its first byte, and whether its room on
+    /// the host is taken: it is unless that is short. The caller holds [`Top::busy`] for the guest
+    /// cluster.
+    pub fn allocate_roomy(&self) -> Result<(u64, bool)> {
+        let (Taken { clusters, stale }, room, offset) = {
+            let mut alloc = lock(&self.alloc);
+            let (taken, room) = alloc.take_roomy(self.file.as_ref())?;
+            let offset = alloc.offset(taken.clusters.start);
+            (taken, room, offset)
+        };
+        if stale && let Err(e) = self.file.punch(offset, self.header.cluster_bytes()) {
+            lock(&self.alloc).give_back(clusters);
+            return Err(e);
+        }
+        Ok((offset, room))
+    }
+
     /// Takes back file clusters that were allocated and never committed.
     pub fn give_back(&self, offset: u64, count: u64) {
         let first = (offset - self.header.data_start) / self.header.cluster_bytes();
