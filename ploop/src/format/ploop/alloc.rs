@@ -100,6 +100,11 @@ impl Alloc {
         self.tail = tail;
     }
 
+    /// Those bytes.
+    pub fn tail(&self) -> u64 {
+        self.tail
+    }
+
     /// The file's length now, as far as it was given by [`Alloc::take`].
     pub fn grown_len(&self) -> u64 {
         self.offset(self.grown) + self.tail

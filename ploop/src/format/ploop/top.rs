@@ -3,10 +3,10 @@
 //! | step | what | durable before the next step |
 //! |---|---|---|
 //! | open | what was read | yes |
-//! | first change, found marked | no journal but the one that was found | before the BAT, or the mark, changes |
-//! | | the entries that are there, written again where they are | no |
+//! | first change, found marked | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
-//! | | cut the file behind the last cluster in use | no |
+//! | first change, found marked | no journal but the one that was found | yes |
+//! | first change | cut the file behind the last cluster in use | no |
 //! | write, new cluster | room for the entry; grow the file, complete, write data | no |
 //! | commit | the entry, in memory; of a cluster that is not complete, its granules ([`super::parts`]) | – |
 //! | flush | data (and length) of every committed cluster | yes |
@@ -287,17 +287,24 @@ impl Top {
             );
         }
         if self.header.dirty() {
-            lock(&self.journal).cover()?;
             self.write_again()?;
         }
         self.unclean.store(true, Ordering::Release);
         self.file
             .write_at(self.header.marked(IN_USE_DIRTY).bytes(), 0)?;
         self.file.sync().inspect_err(|e| self.gate.latch(e))?;
+        if self.header.dirty() {
+            lock(&self.journal).cover(|e| self.gate.latch(e))?;
+        }
         let used_len = lock(&self.alloc).used_len();
         // Of a marked image even the length may be one that a failed sync left in the cache only.
         if self.header.dirty() || self.file.len()? != used_len {
             self.file.set_len(used_len)?;
+            // What a journal's tail keeps of the next cluster may be anything.
+            let tail = lock(&self.alloc).tail();
+            if tail > 0 {
+                self.file.punch(used_len - tail, tail)?;
+            }
             self.unsynced.store(true, Ordering::Release);
         }
         self.marked.store(true, Ordering::Release);
@@ -477,7 +484,7 @@ impl Top {
     fn flush_alone(&self, complete: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut journal = lock(&self.journal);
         if !journal.is_there() && !(self.journals && self.parts.count() > 0) {
-            return self.flush_entries(&mut journal);
+            return self.flush_entries();
         }
         // All taken before the sync: what is committed while it runs has data that it may have
         // missed, and must wait for the next flush. Parts first: one that is completed in between
@@ -515,7 +522,7 @@ impl Top {
             lock(&self.pending).extend(slots);
             complete()?;
             self.end_journal(&mut journal)?;
-            return self.flush_entries(&mut journal);
+            return self.flush_entries();
         }
         self.parts.logged_whole(&slots);
         self.write_entries(&slots)?;
@@ -530,7 +537,7 @@ impl Top {
         self.file.set_len(alloc.grown_len())
     }
 
-    fn flush_entries(&self, journal: &mut Journal) -> Result<()> {
+    fn flush_entries(&self) -> Result<()> {
         let slots = self.take_pending();
         let unsynced = self.unsynced.swap(false, Ordering::AcqRel);
         if unsynced || !slots.is_empty() {
@@ -539,7 +546,6 @@ impl Top {
         if slots.is_empty() {
             return Ok(());
         }
-        journal.settle()?;
         self.write_entries(&slots)?;
         self.file.sync()
     }
@@ -642,8 +648,6 @@ impl Top {
             self.file.sync().inspect_err(|e| self.gate.latch(e))?;
         }
         lock(&self.alloc).cut();
-        let settled = lock(&self.journal).settle();
-        settled.inspect_err(|e| self.gate.latch(e))?;
         // Should this fail, the header may say either, and no change may follow.
         let closed = self
             .file

@@ -182,8 +182,6 @@ struct Open {
 pub(super) struct Journal {
     home: Option<Home>,
     state: State,
-    /// An empty one has taken the name, and that is not durable.
-    unsure: bool,
 }
 
 impl Journal {
@@ -192,7 +190,6 @@ impl Journal {
         Journal {
             home,
             state: State::None,
-            unsure: false,
         }
     }
 
@@ -201,7 +198,6 @@ impl Journal {
         Journal {
             home: Some(home),
             state: State::Found(slots),
-            unsure: false,
         }
     }
 
@@ -253,39 +249,33 @@ impl Journal {
         Ok(None)
     }
 
-    /// For an image that was found marked, before its first change: another process may have removed
-    /// a journal and failed to make that durable. An empty one takes its name, which is none, for
-    /// certain after [`Journal::settle`].
-    pub(super) fn cover(&mut self) -> Result<()> {
+    /// For an image that was found marked, before a change that a journal must explain: another
+    /// process may have removed one and failed to make that durable. An empty one, which is none,
+    /// takes its name. Errors of the sync go to `broken`, too.
+    pub(super) fn cover(&self, broken: impl FnOnce(&Error)) -> Result<()> {
         let (Some(home), State::None) = (&self.home, &self.state) else {
             return Ok(());
         };
         if !home.has_side()? {
             return Ok(());
         }
-        match home.store.create(&home.path, 0o600) {
-            Ok(_) => self.unsure = true,
-            Err(e) if e.kind() == Kind::Exists => self.unsure = true,
+        home.remove()?;
+        match home.store.create(&home.new_path(), 0o600) {
             // A name that cannot be made for want of room is no reason to refuse a write.
-            Err(e) if e.kind() == Kind::NoSpace => {}
-            Err(e) => return Err(e),
+            Err(e) if e.kind() == Kind::NoSpace => return Ok(()),
+            made => drop(made?),
         }
-        Ok(())
+        home.store.rename(&home.new_path(), &home.path)?;
+        home.store.sync_dir(home.side()).inspect_err(broken)?;
+        home.remove().map(drop)
     }
 
-    /// Before a change of the image that a journal must explain, or that there must be none for:
-    /// what was found is durable.
-    pub(super) fn settle(&mut self) -> Result<()> {
-        let Some(home) = &self.home else {
-            return Ok(());
-        };
-        if let State::Found(_) = self.state {
+    /// Makes the journal that was found durable as it could be read: from here on the image's BAT
+    /// may need it.
+    pub(super) fn settle(&self) -> Result<()> {
+        if let (Some(home), State::Found(_)) = (&self.home, &self.state) {
             home.store.open(&home.path, Access::Write)?.sync()?;
             home.store.sync_dir(home.side())?;
-        }
-        if std::mem::take(&mut self.unsure) {
-            home.store.sync_dir(home.side())?;
-            home.remove()?;
         }
         Ok(())
     }
