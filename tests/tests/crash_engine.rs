@@ -73,7 +73,11 @@ fn script() -> Vec<(usize, Vec<Ask>)> {
         (0, vec![Ask::Flush]),
         (
             2,
-            vec![Ask::Zero(0, c, true, true), Ask::Write(3 * c - 1, 2, false)],
+            vec![
+                Ask::Write(3 * c - 1, 2, false),
+                Ask::Zero(0, c, true, true),
+                Ask::Write(6 * c + 1, 1, false),
+            ],
         ),
         (1, vec![Ask::Flush]),
         (0, vec![Ask::Write(3 * c, 1, false), Ask::Trim(4 * c, c)]),

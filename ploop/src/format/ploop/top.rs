@@ -5,7 +5,7 @@
 //! | open | what was read | yes |
 //! | first change, found marked | the entries that are there, written again where they are | no |
 //! | first change | header: in-use mark, extension dropped | yes |
-//! | first change, found marked | no journal but the one that was found | yes |
+//! | first change, found marked | an ended journal, ended again | yes |
 //! | first change | cut the file behind the last cluster in use | no |
 //! | write, new cluster | room for the entry; grow the file, complete, write data | no |
 //! | commit | the entry, in memory; of a cluster that is not complete, its granules ([`super::parts`]) | – |
@@ -294,7 +294,7 @@ impl Top {
             .write_at(self.header.marked(IN_USE_DIRTY).bytes(), 0)?;
         self.file.sync().inspect_err(|e| self.gate.latch(e))?;
         if self.header.dirty() {
-            lock(&self.journal).cover(|e| self.gate.latch(e))?;
+            lock(&self.journal).end_again(|e| self.gate.latch(e))?;
         }
         let used_len = lock(&self.alloc).used_len();
         // Of a marked image even the length may be one that a failed sync left in the cache only.

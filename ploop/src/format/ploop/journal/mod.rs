@@ -10,7 +10,7 @@
 //! ```
 //!
 //! * It is `.ploop/journal.NAME` beside the image `NAME`; by name, because a snapshot changes whose
-//!   GUID an image has. It is made by the first flush that finds parts, and gone after a clean
+//!   GUID an image has. It is made by the first flush that finds parts, and ended by a clean
 //!   close, *before* the mark is cleared: a clean image that has a journal is not ours.
 //! * Its first records, the *base*, hold the image's header and a checksum of every page of its BAT
 //!   as they are on disk, and all parts. Every BAT entry is written here, durable, before it is
@@ -123,26 +123,72 @@ impl Home {
         Ok(self.store.kind(self.side())?.is_some())
     }
 
-    /// Removes the journal, and what the writing of one left; durable on return. One that is not
-    /// there is fine.
+    /// Removes the journal, and what the writing of one left. One that is not there is fine. Only
+    /// when its image is gone.
     pub fn forget(&self) -> Result<()> {
-        match self.remove()? {
-            true => self.store.sync_dir(self.side()),
-            false => Ok(()),
-        }
-    }
-
-    /// True when something was removed.
-    fn remove(&self) -> Result<bool> {
-        let mut gone = false;
         for path in [&self.new_path(), &self.path] {
             match self.store.remove_file(path) {
-                Ok(()) => gone = true,
-                Err(e) if e.kind() == Kind::NotFound => {}
-                Err(e) => return Err(e),
+                Err(e) if e.kind() != Kind::NotFound => return Err(e),
+                _ => {}
             }
         }
-        Ok(gone)
+        Ok(())
+    }
+
+    /// Ends the journal that is there; durable on return, its name excepted: what says so is in the
+    /// file. Errors of the sync go to `broken`, too.
+    fn end(&self, broken: impl FnOnce(&Error)) -> Result<()> {
+        if self.exists()? {
+            let mut end = Vec::new();
+            encode(&Tag::default(), &Items::End, &mut end);
+            let file = self.store.open(&self.path, Access::Write)?;
+            file.write_at(&end, 0)?;
+            file.sync().inspect_err(broken)?;
+        }
+        self.forget()
+    }
+
+    /// Puts a copy in the place of the journal; durable on return. A killed process may have left it
+    /// in the page cache only, or its name, and may have failed to make that durable. Where there is
+    /// no room for a copy, the journal itself is synced.
+    fn renew(&self) -> Result<()> {
+        let (file, copied) = match self.copy() {
+            Ok(copy) => (copy, true),
+            Err(e) if e.kind() == Kind::NoSpace => {
+                (self.store.open(&self.path, Access::Write)?, false)
+            }
+            Err(e) => return Err(e),
+        };
+        file.sync()?;
+        if copied {
+            self.store.rename(&self.new_path(), &self.path)?;
+        }
+        self.store.sync_dir(self.side())
+    }
+
+    fn copy(&self) -> Result<Arc<dyn StoreFile>> {
+        let old = self.store.open(&self.path, Access::Read)?;
+        let len = old.len()?;
+        let new = self.create_new()?;
+        let mut bytes = vec![0; AHEAD as usize];
+        let mut at = 0;
+        while at < len {
+            let some = &mut bytes[..AHEAD.min(len - at) as usize];
+            read_exact(old.as_ref(), some, at)?;
+            new.write_at(some, at)?;
+            at += some.len() as u64;
+        }
+        Ok(new)
+    }
+
+    /// The file that is to become the journal.
+    fn create_new(&self) -> Result<Arc<dyn StoreFile>> {
+        let new = self.new_path();
+        match self.store.remove_file(&new) {
+            Err(e) if e.kind() != Kind::NotFound => return Err(e),
+            _ => {}
+        }
+        self.store.create(&new, 0o600)
     }
 }
 
@@ -228,13 +274,13 @@ impl Journal {
         if let State::Open(open) = &mut self.state
             && open.at - open.base_end <= home.limit
         {
-            return open.append(image, batch);
+            // It was opened by another name.
+            let appended = open.append(image, batch);
+            return appended.map_err(|e| e.on(&home.path));
         }
         let new = prepare(home, image, batch).and_then(|open| {
             home.store.rename(&home.new_path(), &home.path)?;
-            // By its name now, which is what errors say.
-            let file = home.store.open(&home.path, Access::Write)?;
-            Ok(Open { file, ..open })
+            Ok(open)
         });
         let open = match new {
             Ok(open) => open,
@@ -249,35 +295,22 @@ impl Journal {
         Ok(None)
     }
 
-    /// For an image that was found marked, before a change that a journal must explain: another
-    /// process may have removed one and failed to make that durable. An empty one, which is none,
-    /// takes its name. Errors of the sync go to `broken`, too.
-    pub(super) fn cover(&self, broken: impl FnOnce(&Error)) -> Result<()> {
-        let (Some(home), State::None) = (&self.home, &self.state) else {
-            return Ok(());
-        };
-        if !home.has_side()? {
-            return Ok(());
+    /// For an image that was found marked, before a change that a journal must explain: the end of
+    /// one may be in the page cache of a killed process only. Errors of the sync go to `broken`, too.
+    pub(super) fn end_again(&self, broken: impl FnOnce(&Error)) -> Result<()> {
+        match (&self.home, &self.state) {
+            (Some(home), State::None) => home.end(broken),
+            _ => Ok(()),
         }
-        home.remove()?;
-        match home.store.create(&home.new_path(), 0o600) {
-            // A name that cannot be made for want of room is no reason to refuse a write.
-            Err(e) if e.kind() == Kind::NoSpace => return Ok(()),
-            made => drop(made?),
-        }
-        home.store.rename(&home.new_path(), &home.path)?;
-        home.store.sync_dir(home.side()).inspect_err(broken)?;
-        home.remove().map(drop)
     }
 
     /// Makes the journal that was found durable as it could be read: from here on the image's BAT
     /// may need it.
     pub(super) fn settle(&self) -> Result<()> {
-        if let (Some(home), State::Found(_)) = (&self.home, &self.state) {
-            home.store.open(&home.path, Access::Write)?.sync()?;
-            home.store.sync_dir(home.side())?;
+        match (&self.home, &self.state) {
+            (Some(home), State::Found(_)) => home.renew(),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The slots that are in it, ascending.
@@ -292,10 +325,10 @@ impl Journal {
         slots
     }
 
-    /// Removes it; durable on return. Its slots have their entries on disk.
+    /// Ends it; durable on return. Its slots have their entries on disk.
     pub(super) fn end(&mut self) -> Result<()> {
         if let Some(home) = &self.home {
-            home.forget()?;
+            home.end(|_| ())?;
         }
         self.state = State::None;
         Ok(())
@@ -379,17 +412,12 @@ fn prepare(home: &Home, image: &Image<'_>, batch: &Batch) -> Result<Open> {
     let at = bytes.len() as u64;
     bytes.resize((at + SECTOR).next_multiple_of(AHEAD) as usize, 0);
 
-    let new = home.new_path();
     if !home.has_side()? {
         home.store.create_dir(home.side())?;
         home.store
             .sync_dir(home.side().parent().unwrap_or(Path::new("/")))?;
     }
-    match home.store.remove_file(&new) {
-        Err(e) if e.kind() != Kind::NotFound => return Err(e),
-        _ => {}
-    }
-    let file = home.store.create(&new, 0o600)?;
+    let file = home.create_new()?;
     file.write_at(&bytes, 0)?;
     file.sync()?;
     Ok(Open {

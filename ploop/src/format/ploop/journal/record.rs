@@ -21,6 +21,7 @@
 //! | 2 sums | u32 page of 1024 BAT entries, u32 CRC-32 of it |
 //! | 3 entries | u32 slot, u32 BAT entry |
 //! | 4 parts | u32 slot, u32 what its BAT entry will be, a bit per granule |
+//! | 5 end | none; in the place of the base: there is no journal |
 
 use crate::format::ploop::header::HEADER_BYTES;
 use crate::format::ploop::parts::Granules;
@@ -45,6 +46,7 @@ const BASE: u32 = 1;
 const SUMS: u32 = 2;
 const ENTRIES: u32 = 3;
 const PARTS: u32 = 4;
+const END: u32 = 5;
 
 /// The header bytes of an image.
 pub(super) type HeaderBytes = [u8; HEADER_BYTES as usize];
@@ -67,10 +69,11 @@ pub(super) enum Items {
     Sums(Vec<(u32, u32)>),
     Entries(Vec<(u32, u32)>),
     Parts(Vec<LoggedPart>),
+    End,
 }
 
 /// Whose record it is, and which.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tag {
     pub(super) nonce: [u8; 16],
     pub(super) number: u64,
@@ -122,6 +125,7 @@ pub(super) fn encode(tag: &Tag, items: &Items, out: &mut Vec<u8>) {
                 _ => (ENTRIES, 0),
             }
         }
+        Items::End => (END, 0),
         Items::Parts(parts) => {
             for part in parts {
                 out.extend_from_slice(&part.slot.to_le_bytes());
@@ -180,6 +184,7 @@ pub(super) fn decode(bytes: &[u8], granules: u64) -> Option<(Tag, Items)> {
         }
         SUMS => Items::Sums(pairs(body)?),
         ENTRIES => Items::Entries(pairs(body)?),
+        END if body.is_empty() => Items::End,
         PARTS => {
             let words = granules.div_ceil(64) as usize;
             if u32_at(bytes, WORDS) as usize != words
@@ -229,6 +234,7 @@ mod tests {
             },
             Items::Sums(vec![(1, 2), (3, u32::MAX)]),
             Items::Entries(vec![]),
+            Items::End,
             Items::Parts(vec![part.clone(), part]),
         ];
         for items in kinds {

@@ -47,9 +47,7 @@ pub struct Replay {
 /// where there is none. Error: `Corrupt` for one that is damaged.
 pub fn read(home: &Home, header: &Header) -> Result<Option<Log>> {
     match home.store.open(&home.path, Access::Read) {
-        // One that was made to be removed.
-        Ok(journal) if journal.is_empty()? => Ok(None),
-        Ok(journal) => Log::read(journal.as_ref(), header).map(Some),
+        Ok(journal) => Log::read(journal.as_ref(), header),
         Err(e) if e.kind() == Kind::NotFound => Ok(None),
         Err(e) => Err(e),
     }
@@ -125,8 +123,8 @@ pub(super) fn sums(
 }
 
 impl Log {
-    /// Reads the journal of an image with `header`.
-    pub fn read(file: &dyn StoreFile, header: &Header) -> Result<Log> {
+    /// Reads the journal of an image with `header`; `None` for one that has ended.
+    pub fn read(file: &dyn StoreFile, header: &Header) -> Result<Option<Log>> {
         let damaged = |what: String| Error::corrupt(what).on(file.path());
         let len = file.len()?;
         if len > LEN_MAX {
@@ -142,6 +140,7 @@ impl Log {
                 break;
             }
             match (items, &mut log) {
+                (Items::End, None) => return Ok(None),
                 (
                     Items::Base {
                         header: bytes,
@@ -186,7 +185,7 @@ impl Log {
             let what = format!("record {number} is damaged, and records follow it");
             return Err(damaged(what).at(at));
         }
-        Ok(log)
+        Ok(Some(log))
     }
 
     fn add_entries(&mut self, entries: Vec<(u32, u32)>) -> Result<(), String> {
