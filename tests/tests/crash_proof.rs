@@ -17,6 +17,7 @@ use ploop_tests::crash::{CLUSTER_SECTORS, Fixture, History, Runner, Shape, Step,
 
 const FILES: &[&str] = &[
     "ploop/src/format/ploop/top.rs",
+    "ploop/src/format/ploop/durable.rs",
     "ploop/src/format/ploop/journal/mod.rs",
 ];
 

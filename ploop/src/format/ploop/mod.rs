@@ -2,7 +2,7 @@
 //!
 //! * [`header`]: the 64 bytes, unchecked and checked.
 //! * [`delta`]: an image as a read-only layer.
-//! * [`top`]: the one writable image of a disk: allocation, flush, mark.
+//! * [`top`]: the one writable image of a disk: allocation, mark; `durable`: its flush and close.
 //! * [`parts`]: its clusters that are not complete yet.
 //! * [`journal`]: what was flushed of those.
 //! * [`create()`]: a new empty image.
@@ -11,6 +11,7 @@ pub mod alloc;
 pub mod busy;
 mod create;
 pub mod delta;
+mod durable;
 pub mod extension;
 pub mod flush;
 pub mod header;
