@@ -109,7 +109,8 @@ def median(figures, key="value"):
 def cell(figures, unit, mine=None):
     """Median, range, and how many times as much ours is."""
     values = [f["value"] for f in figures]
-    scale, digits, sign = (1000, 1, " k") if unit == "iops" else (1, 0, " MB/s")
+    scale, digits, sign = {"iops": (1000, 1, " k"), "mib": (1, 0, " MiB")}.get(
+        unit, (1, 0, " MB/s"))
     mid, low, high = (f"{v / scale:.{digits}f}" for v in
                       (statistics.median(values), min(values), max(values)))
     ratio = "" if mine is None else f" ×{mine / statistics.median(values):.2f}"

@@ -7,8 +7,8 @@ Sections: io (fio on data that is there), light (the same by a client that costs
 thin and cow (first writes, as a burst and with all of the bill), cold (reads that the cache does
 not have, and reads beside them), tcp, copy (nbdcopy), depth (deep chains), clones (a thousand in
 one call), open (start to first read), idle (exports and clients at rest), live (snapshots of a disk
-that is written to), merge. Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring),
-qemu-storage-daemon, nbdkit (file, cow, null), nbd-server (with copyonwrite).
+that is written to), merge; and when asked for clusters (ploop alone, with clusters of each size).
+Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring), qemu-storage-daemon, nbdkit (file, cow, null), nbd-server (with copyonwrite).
 Needs: fio, qemu-utils, nbdkit, nbd-server, libnbd-bin; builds the release binaries itself. A tool
 that is missing, or a peer that does not run, is an error; a peer that is left out by --without has
 no ratio and no goal.
@@ -29,6 +29,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True  # not into the checkout
 
 import clones
+import clusters
 import cold
 import copying
 import depth
@@ -47,8 +48,10 @@ SECTIONS = {
     "io": traffic.section, "light": lightly.section, "thin": fresh.thin, "cow": fresh.cow,
     "cold": cold.section, "tcp": tcp.section, "copy": copying.section, "depth": depth.section,
     "clones": clones.section, "open": opening.section, "idle": idle.section,
-    "live": live.section, "merge": merge.section,
+    "live": live.section, "merge": merge.section, "clusters": clusters.section,
 }
+#: Run when asked for.
+APART = ("clusters",)
 
 
 QUICK = "A quick run: a look, with few rounds, little data and one peer of each program."
@@ -58,7 +61,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
     parser.add_argument("--json", type=Path, help="all that was measured, into this file")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="some sections, by a comma")
+    parser.add_argument("--only", default=",".join(s for s in SECTIONS if s not in APART), help="some sections, by a comma")
     parser.add_argument("--without", default="", help="peers that are not to run, by a comma")
     parser.add_argument("--dir", type=Path, help="where the work files go: the disk to measure on")
     parser.add_argument("--no-build", action="store_true", help="take the binaries as they are")
