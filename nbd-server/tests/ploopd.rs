@@ -121,6 +121,10 @@ fn the_engine_is_the_one_that_was_asked_for_and_is_told() {
         let line = format!("ploop_engine_info{{engine=\"{kind}\"}} 1\n");
         assert!(metrics.contains(&line), "{metrics}");
         assert!(metrics.contains("\nploop_syncs_total "), "{metrics}");
+        assert!(
+            metrics.contains("\nploop_journal_syncs_total "),
+            "{metrics}"
+        );
         daemon.signal(Signal::TERM);
         assert!(daemon.ended_well());
     }

@@ -93,6 +93,9 @@ pub fn render(service: &Service) -> String {
     let help = "Files made durable by this process (fdatasync); flushes share them.";
     let syncs = ploop::store::real::syncs();
     text.one("ploop_syncs_total", "counter", help, syncs);
+    let help = "Those of them that made a journal durable for a flush.";
+    let syncs = ploop::format::ploop::journal::syncs();
+    text.one("ploop_journal_syncs_total", "counter", help, syncs);
     let help = "Disks that are open.";
     let disks = service.operations.open_disks();
     text.one("ploop_open_disks", "gauge", help, disks);

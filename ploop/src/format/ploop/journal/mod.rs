@@ -33,6 +33,7 @@ mod replay;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::header::{HEADER_BYTES, Header};
 use super::parts::{GRANULE, Part};
@@ -57,6 +58,14 @@ pub const TAIL: u64 = SECTOR;
 /// Zeros are written ahead of the records, this many bytes at a time, so that most syncs find the
 /// file's length and extents as they were.
 const AHEAD: u64 = 64 * 1024;
+
+/// Journals made durable by this process.
+static SYNCS: AtomicU64 = AtomicU64::new(0);
+
+/// How often this process made a journal durable for a flush, failures included.
+pub fn syncs() -> u64 {
+    SYNCS.load(Ordering::Relaxed)
+}
 
 /// Where the journal of an image is, if it has one.
 #[derive(Clone, Debug)]
@@ -271,6 +280,7 @@ impl Journal {
             let what = "this image may have no journal";
             return Ok(Some(Error::new(Kind::Permission, what)));
         };
+        SYNCS.fetch_add(1, Ordering::Relaxed);
         if let State::Open(open) = &mut self.state
             && open.at - open.base_end <= home.limit
         {
