@@ -59,7 +59,8 @@ pub struct Exported {
 /// Copies a disk, or what it was at snapshot `node`, to the new directory `target`. Durable on
 /// return. Blocks while it copies; `progress` gets bytes of data done and total.
 ///
-/// 1. where the top is copied: the disk's lock; every image is opened, and locked as by a reader,
+/// 1. where the top is copied: one that was not closed and has a journal is closed; the disk's lock;
+///    every image is opened, and locked as by a reader,
 ///    so that nobody rewrites it meanwhile;
 /// 2. in a directory beside the target: each image's data, synced; one that was not closed cleanly
 ///    is closed there; the metadata, the descriptor; the directory synced;
