@@ -382,9 +382,12 @@ fn a_server_without_a_place_to_listen_is_refused() {
     assert!(Server::new(exports, Config::default()).run().is_err());
 }
 
-/// Runs this test binary again as a service with one passed socket, and stops it by signal.
+/// Runs itself again as a service with one passed socket, and stops it by signal.
 #[test]
 fn socket_activation_and_sigterm() {
+    if std::env::var_os(SERVICE).is_some() {
+        return activated_service();
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("activated");
     let listener = UnixListener::bind(&path).unwrap();
@@ -392,7 +395,8 @@ fn socket_activation_and_sigterm() {
     let me = std::env::current_exe().unwrap();
     let mut child = Command::new("sh")
         .args(["-c", script, "sh", me.to_str().unwrap()])
-        .args(["--exact", "activated_service", "--ignored", "--nocapture"])
+        .args(["--exact", "socket_activation_and_sigterm", "--nocapture"])
+        .env(SERVICE, "1")
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .spawn()
         .unwrap();
@@ -409,8 +413,9 @@ fn socket_activation_and_sigterm() {
     );
 }
 
-#[test]
-#[ignore = "the service of socket_activation_and_sigterm, not a test of its own"]
+/// Set for the process that is the service of [`socket_activation_and_sigterm`].
+const SERVICE: &str = "PLOOP_TEST_SERVICE";
+
 fn activated_service() {
     let (_, exports) = disk();
     let mut server = Server::new(exports, Config::default());

@@ -115,6 +115,9 @@ fn the_gnu_format_with_long_names_large_owners_and_sparse_files() {
 
 #[test]
 fn root_and_nobody_make_the_same_of_one_archive() {
+    if let Some(archive) = std::env::var_os(ARCHIVE) {
+        return build_as_somebody_else(archive.into());
+    }
     need_root();
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -144,12 +147,11 @@ fn root_and_nobody_make_the_same_of_one_archive() {
         .arg(&program)
         .args([
             "--exact",
-            "build_as_somebody_else",
-            "--ignored",
+            "root_and_nobody_make_the_same_of_one_archive",
             "--nocapture",
         ])
-        .env("ARCHIVE", &archive)
-        .env("WORK", &work)
+        .env(ARCHIVE, &archive)
+        .env(WORK, &work)
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
@@ -160,15 +162,16 @@ fn root_and_nobody_make_the_same_of_one_archive() {
     assert_same(mounted.path(), &root);
 }
 
-/// No test of its own: what the one above runs as another user.
-#[test]
-#[ignore = "run by root_and_nobody_make_the_same_of_one_archive"]
-fn build_as_somebody_else() {
+/// Set for the process of the test above that is another user's.
+const ARCHIVE: &str = "PLOOP_TEST_ARCHIVE";
+const WORK: &str = "PLOOP_TEST_WORK";
+
+fn build_as_somebody_else(archive: std::path::PathBuf) {
     assert!(!rustix::process::geteuid().is_root());
-    let path = |name| std::path::PathBuf::from(std::env::var_os(name).unwrap());
-    let source = RootSource::Tar(path("ARCHIVE"));
-    fsck(&build(&source, &BuildOptions::default(), &path("WORK"), &|_| {}).unwrap());
-    let second = path("WORK").join("second");
+    let work = std::path::PathBuf::from(std::env::var_os(WORK).unwrap());
+    let source = RootSource::Tar(archive);
+    fsck(&build(&source, &BuildOptions::default(), &work, &|_| {}).unwrap());
+    let second = work.join("second");
     fs::create_dir(&second).unwrap();
     let closed = RootSource::Dir("/root".into());
     let e = build(&closed, &BuildOptions::default(), &second, &|_| {}).unwrap_err();
