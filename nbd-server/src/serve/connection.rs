@@ -13,15 +13,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, sockopt};
-use rustix::pipe::{SpliceFlags, splice};
 
 use super::engine::{Engine, Sink, Turn};
 use super::hall::Cut;
 use super::input::Input;
-use super::pipe::Pipe;
 use super::plane::Plane;
 use super::traffic::Totals;
 use crate::export::{Counted, Counters};
@@ -30,13 +27,6 @@ use crate::session::Negotiated;
 /// Room that a unix socket has for bytes in flight, in each direction; the default of 208 KiB makes
 /// both sides wait for each other.
 const SOCKET_BUFFER: usize = 4 << 20;
-
-/// A client that does not make room in its socket for so long gets long reads by copies, for which
-/// nobody has to wait with a lease.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 10_000_000,
-};
 
 /// Buffers are given back after this long without a request.
 const IDLE: Duration = Duration::from_secs(1);
@@ -141,35 +131,6 @@ impl Sink for Answers<'_> {
             }
         }
         Ok(sent)
-    }
-
-    fn is_ready(&mut self, patient: bool) -> bool {
-        // A unix socket says so when three quarters of its room are free: more than a pipe holds.
-        let Socket::Unix(s) = self.socket else {
-            return false;
-        };
-        let mut one = [PollFd::new(s, PollFlags::OUT)];
-        let patience = if patient {
-            PATIENCE
-        } else {
-            Timespec::default()
-        };
-        let ready = poll(&mut one, Some(&patience));
-        matches!(ready, Ok(1)) && one[0].revents() == PollFlags::OUT
-    }
-
-    fn send_piped(&mut self, pipe: &Pipe, len: usize) -> io::Result<()> {
-        let mut left = len;
-        while left > 0 {
-            let to = self.socket.descriptor();
-            match splice(pipe.reader(), None, to, None, left, SpliceFlags::empty()) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => left -= n,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
     }
 
     fn ended(&self) -> bool {
@@ -342,7 +303,6 @@ mod tests {
     use crate::testing::FileDevice;
     use crate::wire::reply::Style;
     use crate::wire::request::{Request, kind};
-    use ploop::device::Device;
 
     /// Takes some answers, and is ended then.
     struct Until(usize);
@@ -354,55 +314,6 @@ mod tests {
 
         fn ended(&self) -> bool {
             self.0 == 0
-        }
-    }
-
-    /// Goal: bytes that take the way of the pipe are those that a copy has. Method: the same READs,
-    /// long and short, over data and holes, answered into a socket and into memory.
-    #[test]
-    fn a_socket_gets_what_memory_gets() {
-        let device = FileDevice::temporary(2 << 20);
-        let bytes: Vec<u8> = (0..1_500_000u32).map(|i| (i * 7 + i / 255) as u8).collect();
-        device.write(0, &bytes).unwrap();
-        for style in [Style::Simple, Style::Structured] {
-            let rules = Rules {
-                style,
-                size: 2 << 20,
-                read_only: false,
-                contexts: Vec::new(),
-            };
-            let mut input = Vec::new();
-            let asked = [
-                (12_345, 200_000),
-                (0, 1 << 20),
-                (512, 100),
-                (1 << 20, 1 << 20),
-            ];
-            for (cookie, (offset, length)) in (0..).zip(asked) {
-                let request = Request {
-                    flags: 0,
-                    kind: kind::READ,
-                    cookie,
-                    offset,
-                    length,
-                };
-                request.emit(style, &mut input);
-            }
-            let mut copied = Vec::new();
-            let mut engine = Engine::new(device.clone(), rules.clone());
-            engine.run(&input, &mut copied).unwrap();
-            let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let taking = std::thread::spawn(move || {
-                let mut taken = Vec::new();
-                theirs.read_to_end(&mut taken).map(|_| taken)
-            });
-            let socket = &Socket::Unix(ours);
-            socket.prepare().unwrap();
-            let cut = &Cut::default();
-            let mut engine = Engine::new(device.clone(), rules);
-            engine.run(&input, &mut Answers { socket, cut }).unwrap();
-            socket.shutdown(Shutdown::Write);
-            assert!(taking.join().unwrap().unwrap() == copied);
         }
     }
 

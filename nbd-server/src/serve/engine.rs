@@ -18,12 +18,10 @@
 //! Reads go from the file into the output, writes from the input into the file, without a copy in
 //! between and without an allocation once the buffers have grown. A long read in chunks is sent
 //! while it is still being read, piece by piece; the lease on a piece is gone before its bytes go
-//! to the client, so a client that stops reading holds up nobody's maintenance. Pieces that the page
-//! cache has, of [`PIPE_MIN`] and more, go from there to a unix socket without a copy ([`Pipe`]);
-//! their lease lasts until the socket has them, and only a socket that has room is given any.
+//! to the client, so a client that stops reading holds up nobody's maintenance.
 
 use std::io;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -32,7 +30,6 @@ use ploop::device::{Device, ReadLease};
 use super::deferred::Deferred;
 use super::jobs::Answer;
 use super::mailbox::Came;
-use super::pipe::{self, Pipe};
 use super::plane::{EngineKind, Plane};
 use super::read::{self, Ask, Now, Stop, Waiting};
 use super::work::{self, Scratch, Site};
@@ -50,9 +47,6 @@ pub const SEND_AT: usize = 256 << 10;
 /// Longer answers are sent from where they are; shorter ones are copied to the others.
 const COPY_MAX: usize = 32 << 10;
 
-/// Shorter pieces are copied: the system calls that a pipe needs cost more.
-const PIPE_MIN: u64 = 32 << 10;
-
 /// Where answers go.
 pub trait Sink {
     /// Sends all of `bytes`, in order.
@@ -61,17 +55,6 @@ pub trait Sink {
     /// Sends what can be sent without waiting for the client; how many bytes that was.
     fn send_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.send(bytes).map(|()| bytes.len())
-    }
-
-    /// True when [`Sink::send_piped`] and a little before it would not wait for the client. `patient`:
-    /// may wait a moment to find out.
-    fn is_ready(&mut self, _patient: bool) -> bool {
-        false
-    }
-
-    /// Sends `len` bytes that are in `pipe`.
-    fn send_piped(&mut self, _pipe: &Pipe, _len: usize) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
     }
 
     /// True when nothing more is to be executed: nobody takes the answers.
@@ -112,9 +95,6 @@ pub struct Engine {
     /// None: everything is executed where it comes.
     deferred: Option<Deferred>,
     answers: Vec<Answer>,
-    pipe: Option<Pipe>,
-    /// A pipe could not be made.
-    no_pipe: bool,
 }
 
 impl Engine {
@@ -131,8 +111,6 @@ impl Engine {
             scratch: Scratch::default(),
             deferred: None,
             answers: Vec::new(),
-            pipe: None,
-            no_pipe: false,
         }
     }
 
@@ -304,7 +282,6 @@ impl Engine {
     /// True when [`Engine::shrink`] would give memory back.
     pub fn is_large(&self) -> bool {
         self.out.is_large()
-            || self.pipe.is_some()
             || self.scratch.segments.capacity() > read::KEEP_SEGMENTS
             || self.deferred.as_ref().is_some_and(Deferred::is_large)
     }
@@ -314,7 +291,6 @@ impl Engine {
         self.out.shrink();
         self.scratch = Scratch::default();
         self.answers = Vec::new();
-        self.pipe = None;
         self.deferred.as_mut().map(Deferred::shrink);
     }
 
@@ -366,10 +342,9 @@ impl Engine {
         while at < ask.range.end {
             let piece = ask.piece(at);
             at = piece.end;
-            match self.piece(ask, piece, &mut hole, sink) {
+            match self.piece(ask, piece, &mut hole) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return Ok(()),
-                Err(Stop::Gone(e)) => return Err(e),
                 Err(stop) => {
                     ask.end_hole(&mut hole, &mut self.out);
                     if let Stop::Failed(e, at) = stop {
@@ -392,15 +367,9 @@ impl Engine {
         ask: &Ask,
         piece: std::ops::Range<u64>,
         hole: &mut std::ops::Range<u64>,
-        sink: &mut dyn Sink,
     ) -> Result<ControlFlow<()>, Stop> {
-        let piped = self.may_pipe(&piece, sink).map_err(Stop::Gone)?;
         let segments = &mut self.scratch.segments;
         let mut lease: ReadLease = ask.map(self.site.device.as_ref(), &piece, segments)?;
-        if piped && self.send_piped(ask, &piece, &lease, hole, sink)? {
-            return Ok(ControlFlow::Continue(()));
-        }
-        let segments = &mut self.scratch.segments;
         if let Some(deferred) = &mut self.deferred {
             let (mark, before) = (self.out.len(), hole.clone());
             match ask.put(&lease, segments, &mut Now, hole, &mut self.out) {
@@ -417,64 +386,6 @@ impl Engine {
         }
         ask.put(&lease, segments, &mut Waiting, hole, &mut self.out)
             .map(ControlFlow::Continue)
-    }
-}
-
-impl Engine {
-    /// True when a piece is long enough for a pipe, and the client ready for it. What was gathered is
-    /// sent then: nobody has a lease yet.
-    fn may_pipe(&mut self, piece: &Range<u64>, sink: &mut dyn Sink) -> io::Result<bool> {
-        let fits = (PIPE_MIN..=pipe::MOST).contains(&(piece.end - piece.start));
-        if !fits || self.no_pipe {
-            return Ok(false);
-        }
-        // Who waits has no lease.
-        let patient = !self.deferred.as_ref().is_some_and(Deferred::must_land);
-        if !sink.is_ready(patient) {
-            return Ok(false);
-        }
-        if self.out.len() > COPY_MAX {
-            self.send(sink)?;
-        }
-        Ok(true)
-    }
-
-    /// Answers with a mapped piece by way of the pipe, if all of it is in memory. The lease is held
-    /// until the socket has the pages.
-    fn send_piped(
-        &mut self,
-        ask: &Ask,
-        piece: &Range<u64>,
-        lease: &ReadLease,
-        hole: &mut Range<u64>,
-        sink: &mut dyn Sink,
-    ) -> Result<bool, Stop> {
-        if self.pipe.is_none() {
-            match Pipe::new() {
-                Ok(pipe) => self.pipe = Some(pipe),
-                Err(e) => {
-                    tracing::debug!(error = %e, "no pipe; long reads are copied");
-                    self.no_pipe = true;
-                }
-            }
-        }
-        // Back in its place only when it is empty again.
-        let Some(pipe) = self.pipe.take() else {
-            return Ok(false);
-        };
-        let filled = pipe.fill(lease, &self.scratch.segments);
-        if !filled.map_err(|e| Stop::Failed(e, piece.start))? {
-            self.pipe = Some(pipe).filter(Pipe::is_empty);
-            return Ok(false);
-        }
-        ask.end_hole(hole, &mut self.out);
-        ask.put_head(piece, &mut self.out);
-        let len = (piece.end - piece.start) as usize;
-        self.send(sink)
-            .and_then(|()| sink.send_piped(&pipe, len))
-            .map_err(Stop::Gone)?;
-        self.pipe = Some(pipe);
-        Ok(true)
     }
 }
 

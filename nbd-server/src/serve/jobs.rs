@@ -63,7 +63,7 @@ impl ReadJob {
         drop(lease);
         ask.end_hole(&mut hole, &mut out);
         match put {
-            Ok(()) | Err(Stop::NotNow | Stop::Gone(_)) => self.answer(out),
+            Ok(()) | Err(Stop::NotNow) => self.answer(out),
             Err(Stop::Failed(e, at)) => {
                 ask.fail(&e, at, &mut out);
                 Answer {

@@ -22,7 +22,6 @@ mod jobs;
 mod line;
 pub(crate) mod listen;
 mod mailbox;
-mod pipe;
 pub mod plane;
 mod pool;
 mod read;

@@ -53,8 +53,6 @@ pub(super) enum Stop {
     NotNow,
     /// A failure, and the guest byte where it happened.
     Failed(Error, u64),
-    /// Nobody takes the answer.
-    Gone(std::io::Error),
 }
 
 /// How bytes come from their file into the output.
@@ -194,15 +192,6 @@ impl Ask {
             i += count;
         }
         Ok(())
-    }
-
-    /// Puts what comes before the bytes of a piece, which is all data and follows from elsewhere.
-    pub(super) fn put_head(&self, piece: &Range<u64>, out: &mut Output) {
-        // Inside a READ, so at most MAX_PAYLOAD.
-        let len = (piece.end - piece.start) as usize;
-        let done = piece.end == self.range.end;
-        self.replies
-            .data_head(self.tag, piece.start, len, done, out);
     }
 
     fn put_whole(

@@ -152,19 +152,6 @@ impl Replies {
         head[at..at + chunk::DATA_HEADER].copy_from_slice(&data.offset.to_be_bytes());
     }
 
-    /// What comes before `len` bytes (never 0) of guest byte `offset` that follow from elsewhere.
-    pub fn data_head(&self, tag: Tag, offset: u64, len: usize, done: bool, out: &mut Output) {
-        if self.style == Style::Simple {
-            return self.ok(tag, out);
-        }
-        let flags = if done { DONE } else { 0 };
-        let head = self.header(tag, flags, kind::OFFSET_DATA, chunk::DATA_HEADER + len);
-        let at = Chunk::header_len(self.style);
-        let room = out.room(at + chunk::DATA_HEADER);
-        head.write(self.style, room);
-        room[at..].copy_from_slice(&offset.to_be_bytes());
-    }
-
     /// Takes everything of `data` away.
     pub fn drop_data(&self, data: &Data, out: &mut Output) {
         out.cut(data.start);
@@ -257,20 +244,6 @@ mod tests {
         );
         let payload = &out.filled()[Chunk::STRUCTURED..];
         assert_eq!(chunk::parse_data(payload), Ok((4096, &[9u8; 60][..])));
-    }
-
-    #[test]
-    fn a_head_alone_is_that_of_the_same_data() {
-        for style in [Style::Simple, Style::Structured, Style::Extended] {
-            for done in [false, true] {
-                let replies = Replies::new(style);
-                let (mut out, mut head) = (Output::new(), Output::new());
-                let data = replies.begin_data(4096, 100, &mut out);
-                replies.end_data(TAG, &data, 100, done, &mut out);
-                replies.data_head(TAG, 4096, 100, done, &mut head);
-                assert_eq!(head.filled(), &out.filled()[..data.body()]);
-            }
-        }
     }
 
     #[test]

@@ -21,7 +21,6 @@
 //! [`Store::sync_dir`] on its directory has returned. Before that any subset, in any order, may be
 //! lost, sector (512 bytes) by sector. [`FileSystem::sync`] is both for everything at once.
 
-mod cached;
 pub mod memory;
 pub mod real;
 pub mod recording;
@@ -153,12 +152,6 @@ pub trait StoreFile: Send + Sync + Debug {
     /// file.
     fn for_ring(&self, _key: &ring::RingKey) -> Option<BorrowedFd<'_>> {
         None
-    }
-
-    /// Puts bytes into a pipe, without a copy and without waiting for the disk. False when that cannot
-    /// be, or when some of them are not in memory; the pipe then holds anything.
-    fn pipe_now(&self, _pipe: BorrowedFd<'_>, _offset: u64, _len: usize) -> Result<bool> {
-        Ok(false)
     }
 
     /// Writes all of `buf`, extending the file where needed. Error: `NoSpace` among others; then

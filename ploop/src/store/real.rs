@@ -15,9 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
-use rustix::pipe::{SpliceFlags, splice};
 
-use super::cached::is_cached;
 use super::ring::RingKey;
 use super::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
 use crate::error::{Error, Result};
@@ -61,7 +59,6 @@ fn open_file(path: &Path, options: &mut OpenOptions, what: &str) -> Result<Arc<d
             ino: meta.ino(),
         },
         cannot_tell: AtomicBool::new(false),
-        cannot_splice: AtomicBool::new(false),
         file,
     }))
 }
@@ -197,8 +194,6 @@ struct RealFile {
     id: FileId,
     /// The file system does not say what is in memory.
     cannot_tell: AtomicBool,
-    /// Its pages cannot be put into a pipe.
-    cannot_splice: AtomicBool,
     file: File,
 }
 
@@ -316,35 +311,6 @@ impl StoreFile for RealFile {
             }
         }
         Ok(Some(done))
-    }
-
-    fn pipe_now(&self, pipe: BorrowedFd<'_>, offset: u64, len: usize) -> Result<bool> {
-        if self.cannot_splice.load(Relaxed) || !is_cached(&self.file, offset, len) {
-            return Ok(false);
-        }
-        let (mut at, mut left) = (offset, len);
-        while left > 0 {
-            let moved = splice(
-                &self.file,
-                Some(&mut at),
-                pipe,
-                None,
-                left,
-                SpliceFlags::NONBLOCK,
-            );
-            match moved {
-                // The end of the file, or of the pipe's room.
-                Ok(0) | Err(Errno::AGAIN) => return Ok(false),
-                Ok(n) => left -= n,
-                Err(Errno::INTR) => {}
-                Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM) => {
-                    self.cannot_splice.store(true, Relaxed);
-                    return Ok(false);
-                }
-                Err(e) => return Err(self.err("read", at, e.into())),
-            }
-        }
-        Ok(true)
     }
 
     fn for_ring(&self, _key: &RingKey) -> Option<BorrowedFd<'_>> {

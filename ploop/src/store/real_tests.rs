@@ -49,26 +49,3 @@ fn a_sync_is_counted() {
     file.sync().unwrap();
     assert!(syncs() > before);
 }
-
-#[test]
-fn what_is_in_memory_goes_through_a_pipe_and_nothing_else_does() {
-    use std::io::Read;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("warm");
-    let file = RealStore.create(&path, 0o600).unwrap();
-    let bytes: Vec<u8> = (0..60_000u32).map(|i| (i * 11 + i / 241) as u8).collect();
-    file.write_at(&bytes, 0).unwrap();
-    let (mut reader, writer) = io::pipe().unwrap();
-    assert!(file.pipe_now(writer.as_fd(), 4_567, 20_000).unwrap());
-    let mut got = vec![0; 20_000];
-    reader.read_exact(&mut got).unwrap();
-    assert!(got == bytes[4_567..24_567]);
-    let past_the_end = file.pipe_now(writer.as_fd(), 59_000, 2_000).unwrap();
-    assert!(!past_the_end);
-    let (_reader, writer) = io::pipe().unwrap();
-    let mut room = 0;
-    while file.pipe_now(writer.as_fd(), 0, 60_000).unwrap() {
-        room += 1;
-        assert!(room < 1000, "a full pipe is no reason to wait");
-    }
-}
