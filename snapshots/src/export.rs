@@ -24,7 +24,7 @@ use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::locks::{DiskLock, Use, lock_image};
-use ploop::store::{Access, SECTOR, Store, StoreFile, read_or_zero};
+use ploop::store::{Access, SECTOR, Store, StoreFile, Trail, read_or_zero};
 use ploop::verify::{Class, class_of, scan_image};
 use serde::Serialize;
 use uuid::Uuid;
@@ -402,6 +402,7 @@ fn copy(from: &dyn StoreFile, to: &dyn StoreFile, moved: &mut dyn FnMut(u64)) ->
     let len = from.len()?;
     to.set_len(len)?;
     let mut buf = vec![0; BUFFER.min(len) as usize];
+    let mut trail = Trail::default();
     let mut at = 0;
     while at < len
         && let Some(data) = from.next_data(at, len)?
@@ -412,6 +413,7 @@ fn copy(from: &dyn StoreFile, to: &dyn StoreFile, moved: &mut dyn FnMut(u64)) ->
             let piece = &mut buf[..n as usize];
             read_or_zero(from, piece, at)?;
             to.write_at(piece, at)?;
+            trail.wrote(to, at, n);
             at += n;
             moved(n);
         }

@@ -40,7 +40,7 @@ use crate::format::ploop::parts::{GRANULE, Part};
 use crate::format::ploop::top::{Found, Top};
 use crate::gate::Gate;
 use crate::locks::DiskLock;
-use crate::store::StoreFile;
+use crate::store::{StoreFile, Trail};
 use live::Seal;
 
 /// Guest bytes mapped at a time where a range may be the whole disk.
@@ -373,8 +373,15 @@ impl Disk {
             top.check_latch()?;
             top.parts().older_than(before, limit)
         };
+        let mut trail = Trail::default();
         for cluster in clusters {
-            self.complete_cluster(cluster)?;
+            let _pass = self.gate.enter();
+            let stack = self.stack();
+            if let Some(at) = stack.complete_part(cluster, &(0..0))?
+                && let Some(top) = &stack.top
+            {
+                trail.wrote(top.file().as_ref(), at, stack.cluster);
+            }
         }
         Ok(())
     }
@@ -382,7 +389,7 @@ impl Disk {
     /// Completes one guest cluster, if it is there in part.
     pub fn complete_cluster(&self, cluster: u64) -> Result<()> {
         let _pass = self.gate.enter();
-        self.stack().complete_part(cluster, &(0..0))
+        self.stack().complete_part(cluster, &(0..0)).map(drop)
     }
 
     /// Closes the disk: flushes, gives unused space at the end of the top back, clears its in-use

@@ -16,6 +16,7 @@ use crate::device::{Layers, Pending, ReadLease, Segment, SegmentPlace, WriteLeas
 use crate::error::{Error, Kind, Result};
 use crate::format::ploop::parts::{self, GRANULE, Granules, Part};
 use crate::format::ploop::top::{Found, Top};
+use crate::store::Trail;
 
 /// Bytes copied at a time when a cluster is completed from below. Small pieces on purpose: on ext4
 /// with large folios, data written in large ones is several times slower to overwrite later.
@@ -367,23 +368,31 @@ impl Stack {
 
     /// Completes all clusters that are there in part.
     pub(super) fn complete_parts(self: &Arc<Self>) -> Result<()> {
-        let parts = self.top()?.parts();
-        for cluster in parts.older_than(u64::MAX, usize::MAX) {
-            self.complete_part(cluster, &(0..0))?;
+        let top = self.top()?;
+        let mut trail = Trail::default();
+        for cluster in top.parts().older_than(u64::MAX, usize::MAX) {
+            if let Some(at) = self.complete_part(cluster, &(0..0))? {
+                trail.wrote(top.file().as_ref(), at, self.cluster);
+            }
         }
         Ok(())
     }
 
     /// Copies what is missing of a cluster that is there in part, `except` whole granules of a range
-    /// that is to be zeroed; enters it. Nothing to do for any other cluster.
-    pub(super) fn complete_part(self: &Arc<Self>, cluster: u64, except: &Range<u64>) -> Result<()> {
+    /// that is to be zeroed; enters it. Returns where it is in the file; `None` for any other
+    /// cluster: there is nothing to do then.
+    pub(super) fn complete_part(
+        self: &Arc<Self>,
+        cluster: u64,
+        except: &Range<u64>,
+    ) -> Result<Option<u64>> {
         let top = self.top()?;
         let mut held = NewClusters::new(top);
         if held.lock(cluster)? != Found::Part {
-            return Ok(());
+            return Ok(None);
         }
         let Some(part) = top.parts().get(cluster) else {
-            return Ok(());
+            return Ok(None);
         };
         top.check_latch()?;
         let guest = self.extent(cluster);
@@ -407,7 +416,8 @@ impl Stack {
         for missing in present.missing() {
             self.fill(&guest, missing, part.offset)?;
         }
-        top.finish_part(cluster, part.offset)
+        top.finish_part(cluster, part.offset)?;
+        Ok(Some(part.offset))
     }
 
     /// Copies what lies below a new cluster into it, except for the part that is `covered` by the

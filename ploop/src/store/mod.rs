@@ -162,6 +162,10 @@ pub trait StoreFile: Send + Sync + Debug {
     /// error nothing may be assumed, and a second call must not be believed.
     fn sync(&self) -> Result<()>;
 
+    /// Asks the disk to begin with what was written in the range, so that a sync later waits for
+    /// less. A hint: it never fails, and nothing is durable by it. What it does wrong, the sync says.
+    fn begin_sync(&self, _offset: u64, _len: u64) {}
+
     /// Cuts or extends the file; new bytes read as zeros and take no space.
     fn set_len(&self, len: u64) -> Result<()>;
 
@@ -192,6 +196,38 @@ pub trait StoreFile: Send + Sync + Debug {
 
     /// True when a foreign lock would stop an exclusive lock on the range.
     fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool>;
+}
+
+/// What a long copy has written, given to the disk piece by piece ([`StoreFile::begin_sync`]) while
+/// the copy goes on: copying and the disk work at once instead of in turn. The last piece is the
+/// sync's.
+#[derive(Debug, Default)]
+pub struct Trail {
+    range: std::ops::Range<u64>,
+}
+
+impl Trail {
+    /// Bytes that the disk is given at a time.
+    const PIECE: u64 = 1 << 20;
+
+    /// `len` bytes of `file` at `offset` were written.
+    pub fn wrote(&mut self, file: &dyn StoreFile, offset: u64, len: u64) {
+        if self.range.end != offset {
+            self.give(file);
+            self.range = offset..offset;
+        }
+        self.range.end = offset + len;
+        if self.range.end - self.range.start >= Self::PIECE {
+            self.give(file);
+        }
+    }
+
+    fn give(&mut self, file: &dyn StoreFile) {
+        if !self.range.is_empty() {
+            file.begin_sync(self.range.start, self.range.end - self.range.start);
+        }
+        self.range.start = self.range.end;
+    }
 }
 
 /// Reads exactly `buf.len()` bytes; a short file is `Corrupt`, naming both numbers.

@@ -330,6 +330,20 @@ impl StoreFile for RealFile {
             .map_err(|e| Error::io("sync", &self.path, e))
     }
 
+    fn begin_sync(&self, offset: u64, len: u64) {
+        let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) else {
+            return;
+        };
+        let fd = self.file.as_raw_fd();
+        #[expect(unsafe_code, reason = "rustix does not have this call")]
+        // SAFETY: a call on our own open descriptor; it takes numbers, and no memory of ours. It
+        // may fail: then the sync has all of it to do. It takes no error from the sync: only a call
+        // that waits does.
+        unsafe {
+            libc::sync_file_range(fd, offset, len, libc::SYNC_FILE_RANGE_WRITE)
+        };
+    }
+
     fn set_len(&self, len: u64) -> Result<()> {
         self.file
             .set_len(len)

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use ploop::device::Device;
-use ploop::store::StoreFile;
+use ploop::store::{StoreFile, Trail};
 use ploop::{Error, Result};
 
 use super::copy::pieces;
@@ -35,9 +35,12 @@ pub fn copy_to_file(
     progress: Progress<'_>,
 ) -> Result<u64> {
     let mut written = 0;
+    let mut trail = Trail::default();
     pieces(from, progress, &mut |offset, bytes| {
         written += bytes.len() as u64;
-        file.write_at(bytes, offset)
+        file.write_at(bytes, offset)?;
+        trail.wrote(file, offset, bytes.len() as u64);
+        Ok(())
     })?;
     Ok(written)
 }

@@ -19,7 +19,7 @@ use ploop::format::ploop::top::Top;
 use ploop::format::raw::RawDelta;
 use ploop::format::{Delta, Place as At, Run};
 use ploop::locks::{Use, downgrade, lock_image};
-use ploop::store::{Access, StoreFile};
+use ploop::store::{Access, StoreFile, Trail};
 
 use super::copy::{copy_data, copy_over};
 use super::direction::{Costs, Direction, Walls, choose, clusters, only_child};
@@ -259,19 +259,17 @@ impl Context {
     fn move_up(&self, disk: &Disk, batch: &[u64]) -> Result<()> {
         let lower = self.lower.delta();
         let mut moved: Vec<(u64, u64)> = Vec::new();
+        let mut trail = Trail::default();
+        let target = self.upper.file().as_ref();
         for &k in batch {
             let mut runs = Vec::new();
             let end = ((k + 1).saturating_mul(self.cluster)).min(lower.size());
             lower.map(k * self.cluster..end, &mut runs)?;
-            let copy = || {
+            let mut copy = || {
                 adopt(&self.upper, k, |to| {
-                    copy_runs(
-                        lower.as_ref(),
-                        &runs,
-                        k * self.cluster,
-                        self.upper.file().as_ref(),
-                        to,
-                    )
+                    copy_runs(lower.as_ref(), &runs, k * self.cluster, target, to)?;
+                    trail.wrote(target, to, self.cluster);
+                    Ok(())
                 })
             };
             // A change like a client's: a barrier waits for it.
@@ -315,6 +313,7 @@ impl Context {
         };
         let upper = self.upper.file().as_ref();
         lower.before_change()?;
+        let mut trail = Trail::default();
         for &k in batch {
             let Some(from) = self.upper.lookup(k)? else {
                 continue;
@@ -322,10 +321,15 @@ impl Context {
             let target = lower.file().as_ref();
             match lower.lookup(k)? {
                 // Nobody reads it: the child has the cluster.
-                Some(to) => copy_over(upper, from, target, to, self.cluster)?,
+                Some(to) => {
+                    copy_over(upper, from, target, to, self.cluster)?;
+                    trail.wrote(target, to, self.cluster);
+                }
                 None => {
                     adopt(lower, k, |to| {
-                        copy_data(upper, from, target, to, self.cluster)
+                        copy_data(upper, from, target, to, self.cluster)?;
+                        trail.wrote(target, to, self.cluster);
+                        Ok(())
                     })?;
                 }
             }
