@@ -21,7 +21,6 @@ use ploop::descriptor::{Descriptor, Encryption, Guid, Image, ImageKind, Shot, Te
 use ploop::disk::info::data_bytes;
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
-use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::locks::{DiskLock, Use, lock_image};
 use ploop::store::{Access, SECTOR, Store, StoreFile, Trail, read_or_zero};
@@ -296,14 +295,16 @@ impl Plan {
         let open = |node: &Planned| {
             let file = place.store().open(&node.path, Access::Read)?;
             lock_image(file.as_ref(), Use::Read)?;
-            let home = Home::of(place.opener().store(), &node.path);
+            let home = place.opener().home(&node.path);
             if let Some(home) = home.filter(|_| !node.raw)
-                && home.exists()?
+                && home.is_live()?
             {
                 let what = "the image was not closed, and what was flushed last is in its journal";
-                return Err(Error::new(Kind::InUse, what)
-                    .on(&node.path)
-                    .fix("Serve that disk once and stop the server, then export"));
+                let fix = match node.guid {
+                    Guid::TOP => "Serve that disk once and stop the server, then export",
+                    _ => "Copy what it shows: ploop convert DISK@SNAPSHOT TARGET",
+                };
+                return Err(Error::new(Kind::InUse, what).on(&node.path).fix(fix));
             }
             Ok(file)
         };

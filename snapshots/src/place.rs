@@ -11,7 +11,7 @@ use ploop::descriptor::{Descriptor, Guid, Image, Temporary, new_delta_file_name}
 use ploop::disk::Disk;
 use ploop::disk::open::{DESCRIPTOR, MERGING, OpenOptions, Opener, Source};
 use ploop::error::{Error, Kind, Result};
-use ploop::format::ploop::journal::{self, Home};
+use ploop::format::ploop::journal;
 use ploop::locks::DiskLock;
 use ploop::store::Store;
 
@@ -192,7 +192,7 @@ impl<'a> Place<'a> {
 
     /// Removes an image of the directory with its journal; what is not there is fine.
     pub(crate) fn forget_image(&self, name: &str) -> Result<()> {
-        if let Some(home) = Home::of(self.opener.store(), &self.dir.join(name)) {
+        if let Some(home) = self.opener.home(&self.dir.join(name)) {
             home.forget()?;
         }
         self.forget_file(name)
@@ -202,9 +202,9 @@ impl<'a> Place<'a> {
     /// says all. Another is not touched. Errors: those of opening; `InUse`.
     pub(crate) fn replay(&self, d: &Descriptor) -> Result<()> {
         let image = d.image(d.top).filter(|i| Place::owns(i));
-        let home = image.and_then(|i| Home::of(self.opener.store(), &self.dir.join(&i.file)));
+        let home = image.and_then(|i| self.opener.home(&self.dir.join(&i.file)));
         match home {
-            Some(home) if home.exists()? => self.open()?.close(),
+            Some(home) if home.is_live()? => self.open()?.close(),
             _ => Ok(()),
         }
     }
@@ -294,22 +294,31 @@ impl<'a> Place<'a> {
         self.set_meta(&meta)
     }
 
-    /// The markers of merges whose node is gone, and journals of images that are not the top.
+    /// The markers of merges whose node is gone, and journals that have ended or are of no image of
+    /// the disk. Of an image that is not the top, too, one may be all that has what was flushed last.
     fn stale_markers(&self, d: &Descriptor) -> Result<Vec<PathBuf>> {
         let side = self.dir.join(".ploop");
         if self.store().kind(&side)?.is_none() {
             return Ok(Vec::new());
         }
         let gone = |g: &str| Guid::parse(g).is_ok_and(|g| d.shot(g).is_none());
-        let top = |name: &str| d.image(d.top).is_some_and(|i| i.file == name);
+        let named = |name: &str| d.images.iter().any(|i| i.file == name);
         let is_stale = |name: &Path| {
             name.to_str().is_some_and(|name| {
-                name.strip_prefix(MERGING).is_some_and(gone) || journal::is_stale(name, top)
+                name.strip_prefix(MERGING).is_some_and(gone) || journal::is_stale(name, named)
             })
         };
         let names = self.store().list(&side)?;
         let stale = names.iter().filter(|n| is_stale(n));
-        Ok(stale.map(|n| side.join(n)).collect())
+        let mut stale: Vec<PathBuf> = stale.map(|n| side.join(n)).collect();
+        for image in d.images.iter().filter(|i| Place::owns(i)) {
+            if let Some(home) = self.opener.home(&self.dir.join(&image.file))
+                && home.has_ended()?
+            {
+                stale.push(home.path().to_path_buf());
+            }
+        }
+        Ok(stale)
     }
 
     /// The node that `text` names: a GUID, or a snapshot's name. Nodes that are being removed have

@@ -12,7 +12,6 @@ use ploop::disk::Disk;
 use ploop::disk::live::Sealing;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::header::IN_USE_DIRTY;
-use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create as create_image};
 use ploop::locks::{Use, lock_image};
@@ -276,8 +275,11 @@ fn prepare_files(live: Live<'_>, next: &Descriptor, file: &str) -> Result<Top> {
     lock_image(new.as_ref(), Use::Write)?;
     place.store().sync_dir(place.dir())?;
     place.stage(next)?;
+    // Before the barrier: what cannot be completed is no reason to stop the writers, and a flush
+    // that comes after it waits for those clusters only that were begun since.
+    live.disk.complete(u64::MAX, usize::MAX)?;
     live.disk.flush()?;
-    let home = Home::of(place.opener().store(), &place.dir().join(file));
+    let home = place.opener().home(&place.dir().join(file));
     Ok(Top::fresh(new, &header, home))
 }
 

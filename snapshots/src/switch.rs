@@ -14,7 +14,6 @@ use ploop::descriptor::{Descriptor, Guid, Image, Temporary};
 use ploop::disk::info::data_bytes;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::delta::read_header;
-use ploop::format::ploop::journal::Home;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create};
 use ploop::locks::{Use, lock_image};
@@ -228,8 +227,13 @@ impl OldTop {
             file => file?,
         };
         lock_image(file.as_ref(), Use::Write)?;
-        let home = Home::of(place.opener().store(), file.path());
+        let home = place.opener().home(file.path());
         match Top::open_at(file.clone(), home) {
+            // Opening the disk completes them, if what lies below can be read.
+            Ok(top) if top.parts().count() > 0 => {
+                let what = format!("{} clusters could not be completed", top.parts().count());
+                old.damage = Some(what);
+            }
             Ok(top) => old.top = Some(top),
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 old.damage = Some(e.to_string());

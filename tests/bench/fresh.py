@@ -177,7 +177,7 @@ FSYNC = Row("fsync after each 4k write to an empty disk, 4 jobs", "fio", "randwr
 
 def thin(work, quick):
     size = GIB if quick else 8 * GIB
-    rounds, seconds = (2, 0.6) if quick else (5, 4)
+    rounds, seconds = (2, 0.6) if quick else (3, 3)
     kind = Thin(work, size)
     # A quarter of the clusters: most writes are the first in theirs.
     writes = size // CLUSTER // 4
@@ -196,7 +196,7 @@ def thin(work, quick):
 
 def cow(work, quick):
     size = GIB if quick else 4 * GIB
-    rounds, seconds = (2, 0.6) if quick else (5, 4)
+    rounds, seconds = (2, 0.6) if quick else (3, 3)
     kind = Cow(work, size)
     writes = size // CLUSTER
     results, servers, _ = measured(kind, work / "s", quick, rounds, writes, seconds)

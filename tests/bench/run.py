@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True  # not into the checkout
 
+import checking
 import clones
 import clusters
 import cold
@@ -48,7 +49,8 @@ SECTIONS = {
     "io": traffic.section, "light": lightly.section, "thin": fresh.thin, "cow": fresh.cow,
     "cold": cold.section, "tcp": tcp.section, "copy": copying.section, "depth": depth.section,
     "clones": clones.section, "open": opening.section, "idle": idle.section,
-    "live": live.section, "merge": merge.section, "clusters": clusters.section,
+    "live": live.section, "merge": merge.section, "check": checking.section,
+    "clusters": clusters.section,
 }
 #: Run when asked for.
 APART = ("clusters",)

@@ -1,7 +1,7 @@
 //! One negotiated connection: a blocking socket, an engine and a thread that owns both.
 //!
-//! While nothing waits for a disk, the thread sleeps in `recv` and nothing else is there to be woken
-//! by. Otherwise it sleeps in `poll`, for the socket and for what is finished. However a connection
+//! While nothing waits for a disk, the thread sleeps in `recv` ([`super::spin`]) and nothing else is
+//! there to be woken by. Otherwise it sleeps in `poll`, for the socket and for what is finished. However a connection
 //! ends, what it deferred is over, and its buffers and leases are gone, before its thread ends.
 
 use std::fmt;
@@ -14,12 +14,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::{SendFlags, sockopt};
+use rustix::net::{RecvFlags, SendFlags, sockopt};
 
 use super::engine::{Engine, Sink, Turn};
 use super::hall::Cut;
 use super::input::Input;
 use super::plane::Plane;
+use super::spin::{Source, Spin};
 use super::traffic::Totals;
 use crate::export::{Counted, Counters};
 use crate::session::Negotiated;
@@ -80,6 +81,26 @@ impl Socket {
         };
     }
 
+    fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Unix(s) => s.set_read_timeout(patience),
+            Socket::Tcp(s) => s.set_read_timeout(patience),
+        }
+    }
+}
+
+impl Source for Socket {
+    fn receive_now(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        loop {
+            match rustix::net::recv(self.descriptor(), &mut *buf, RecvFlags::DONTWAIT) {
+                Ok((n, _)) => return Ok(Some(n)),
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     fn receive(&self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
             let got = match self {
@@ -90,13 +111,6 @@ impl Socket {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 other => return other,
             }
-        }
-    }
-
-    fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
-        match self {
-            Socket::Unix(s) => s.set_read_timeout(patience),
-            Socket::Tcp(s) => s.set_read_timeout(patience),
         }
     }
 }
@@ -232,6 +246,7 @@ impl Session<'_> {
         let stopping = || self.stopping.load(Ordering::Acquire);
         let mut input = Input::holding(rest);
         let mut patient = true;
+        let mut spin = Spin::default();
         loop {
             let (used, turn) = engine.run(input.filled(), &mut Answers { socket, cut })?;
             input.used(used);
@@ -263,7 +278,7 @@ impl Session<'_> {
                 socket.set_patience(Some(IDLE))?;
                 patient = false;
             }
-            match socket.receive(input.room(need)) {
+            match spin.receive(socket, input.room(need)) {
                 Ok(0) if stopping() => return Ok(End::Stopped),
                 Ok(0) => return Ok(End::Closed(input.filled().len())),
                 Ok(n) => input.received(n),

@@ -26,6 +26,7 @@ pub mod plane;
 mod pool;
 mod read;
 pub mod server;
+mod spin;
 pub mod traffic;
 mod work;
 

@@ -36,17 +36,36 @@ impl Stack {
             // Steps end on cluster borders, so that no cluster is looked at in two of them.
             let step =
                 at.saturating_add(STEP_CLUSTERS * self.cluster) / self.cluster * self.cluster;
-            let stop = unmapped_run(top, at..step.min(range.end))?;
-            at = if stop > at {
-                self.erase_below(at..stop, how)?;
-                stop
-            } else {
-                let cluster = at / self.cluster;
-                if top.find(cluster)? == Found::Part {
-                    self.complete_part(cluster, &part(&range, cluster, self.cluster))?;
-                }
-                self.erase_mapped(at..range.end, how)?
-            };
+            let step = step.min(range.end);
+            self.settle_parts(at..step, how)?;
+            while at < step {
+                let stop = unmapped_run(top, at..step)?;
+                at = if stop > at {
+                    self.erase_below(at..stop, how)?;
+                    stop
+                } else {
+                    let cluster = at / self.cluster;
+                    if top.find(cluster)? == Found::Part {
+                        self.complete_part(cluster, &part(&range, cluster, self.cluster))?;
+                    }
+                    self.erase_mapped(at..step, how)?
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes the parts in `range`, and if any of their rooms would have to stay for a journal's
+    /// sake, flushes: once for all of them.
+    fn settle_parts(self: &Arc<Self>, range: Range<u64>, how: How) -> Result<()> {
+        let top = self.top()?;
+        let clusters = range.start / self.cluster..range.end.div_ceil(self.cluster);
+        let (parts, logged) = top.parts().within(clusters);
+        for cluster in parts {
+            self.complete_part(cluster, &part(&range, cluster, self.cluster))?;
+        }
+        if logged && top.journals() && !how.keep_space() {
+            top.flush_or(&|| self.complete_parts())?;
         }
         Ok(())
     }

@@ -77,7 +77,7 @@ impl Opener {
     }
 
     /// Where the journal of the image at `path` is.
-    fn home(&self, path: &Path) -> Option<Home> {
+    pub fn home(&self, path: &Path) -> Option<Home> {
         let home = Home::of(&self.store, path)?;
         Some(home.with_limit(self.journal_limit))
     }
@@ -136,7 +136,16 @@ impl Opener {
         lock_image(file.as_ref(), Use::Write)?;
         let home = self.home(&real).map(Home::if_there);
         let home = home.transpose()?;
-        Disk::writable(None, Top::open_at(file, home)?, None)
+        let top = Top::open_at(file, home)?;
+        if top.parts().count() > 0 {
+            // Closing would complete them with zeros.
+            let what = "the image was not closed, and the rest of some of its clusters is in the \
+                        images below it";
+            return Err(Error::invalid(what)
+                .on(path)
+                .fix("Open the disk that it belongs to: name its directory"));
+        }
+        Disk::writable(None, top, None)
     }
 
     fn open_qcow2(&self, real: &Path, options: &OpenOptions) -> Result<Vec<Arc<dyn Delta>>> {

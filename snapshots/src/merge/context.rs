@@ -291,7 +291,10 @@ impl Context {
             }
         }
         match self.at {
-            Where::Top => disk.flush()?,
+            Where::Top => {
+                disk.flush()?;
+                self.upper.settle_entries()?;
+            }
             _ => self.upper.flush()?,
         }
         let Some(file) = self.lower.own_file() else {
@@ -383,7 +386,10 @@ impl Context {
         // 1.
         match (self.direction, self.at, &self.lower) {
             (Direction::Down, _, Lower::Ploop(lower)) => lower.close()?,
-            (Direction::Up, Where::Top, _) => disk.flush()?,
+            (Direction::Up, Where::Top, _) => {
+                disk.flush()?;
+                self.upper.settle_entries()?;
+            }
             _ => self.upper.close()?,
         }
         // 2. and 3.
@@ -502,8 +508,17 @@ fn path_of(place: &Place<'_>, d: &Descriptor, node: Guid) -> Result<PathBuf> {
     place.file_of(image)
 }
 
-/// Opens a file that is to be written, still as one reader among others.
+/// Opens a file that is to be written, still as one reader among others. Not the top's: another
+/// image has a journal only if something else than us made a snapshot of a disk that had crashed.
 fn open_file(path: &std::path::Path, place: &Place<'_>) -> Result<Arc<dyn StoreFile>> {
+    if let Some(home) = place.opener().home(path)
+        && home.is_live()?
+    {
+        let what = "the image was not closed, and what was flushed last is in its journal";
+        return Err(Error::unsupported(what)
+            .on(path)
+            .fix("Copy what it shows: ploop convert DISK@SNAPSHOT TARGET"));
+    }
     let file = place.store().open(path, Access::Write)?;
     lock_image(file.as_ref(), Use::Read)?;
     Ok(file)

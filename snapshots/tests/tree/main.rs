@@ -7,6 +7,7 @@
 
 mod common;
 mod export;
+mod journal;
 mod rename;
 mod switch;
 mod switch_crash;

@@ -116,7 +116,7 @@ impl PloopDelta {
     pub fn open_at(file: Arc<dyn StoreFile>, home: Option<Home>) -> Result<PloopDelta> {
         let mut delta = PloopDelta::open(file)?;
         if let Some(home) = home
-            && home.exists()?
+            && home.is_live()?
         {
             let scan = scan_image(delta.file.as_ref())?;
             delta.replay = journal::find(&home, delta.file.as_ref(), &scan)?.map(Box::new);

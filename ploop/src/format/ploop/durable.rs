@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::header::{Header, IN_USE_CLOSED};
 use super::journal::{Batch, Image, Journal, TAIL};
-use super::top::{PAGE, Top, lock};
+use super::top::{Found, PAGE, Top, lock};
 use crate::error::{Error, Kind, Result};
 
 /// The most bytes of BAT written in one call.
@@ -24,23 +24,40 @@ impl Top {
         self.flush_or(&|| Ok(()))
     }
 
-    /// The same; `complete` completes all parts, where the host has no room for a journal.
+    /// The same; `complete` completes all parts that there are when it is called, where the host has
+    /// no room for a journal. Its error is the flush's, and does not latch.
     pub fn flush_or(&self, complete: &dyn Fn() -> Result<()>) -> Result<()> {
         self.gate.run(|| self.flush_alone(complete))
     }
 
-    fn flush_alone(&self, complete: &dyn Fn() -> Result<()>) -> Result<()> {
+    /// Makes the entries of flushes before the call durable in the image itself: until then a
+    /// journal may be all that has them, and no other program reads that. Before what they stand for
+    /// elsewhere is given up.
+    pub fn settle_entries(&self) -> Result<()> {
+        let journal = lock(&self.journal);
+        match journal.is_there() {
+            true => self.file.sync().inspect_err(|e| self.gate.latch(e)),
+            false => Ok(()),
+        }
+    }
+
+    fn flush_alone(&self, complete: &dyn Fn() -> Result<()>) -> Result<Result<()>> {
         let mut journal = lock(&self.journal);
         let begins = self.journals && self.parts.count() > 0;
         if !journal.is_there() && !begins {
-            return self.flush_entries();
+            return self.flush_entries().map(Ok);
         }
         // All taken before the sync: what is committed while it runs has data that it may have
         // missed, and must wait for the next flush. Parts first: one that is completed in between
         // is among the slots.
-        let parts = self.parts.take(journal.wants_base());
+        let base = journal.wants_base();
+        let parts = self.parts.take(base);
         let slots = self.take_pending();
         let nothing = parts.is_empty() && slots.is_empty();
+        if !nothing && self.header.dirty() && !self.marked.load(Ordering::Acquire) {
+            // A base is about to say that this BAT is on disk.
+            self.write_again()?;
+        }
         // Durable before the journal is, like all that it says of the file.
         let tailed = match !nothing && !journal.is_there() {
             true => self.set_tail(),
@@ -50,7 +67,7 @@ impl Top {
             self.file.sync()?;
         }
         if nothing {
-            return Ok(());
+            return Ok(Ok(()));
         }
         let entries = slots.iter().map(|&slot| Ok((slot, self.entry(slot)?)));
         let entries = entries.collect::<Result<Vec<_>>>()?;
@@ -58,8 +75,9 @@ impl Top {
             file: self.file.as_ref(),
             header: &self.header,
         };
+        let batch = Batch { entries, parts };
         let refused = match tailed {
-            Ok(()) => journal.log(&image, &Batch { entries, parts })?,
+            Ok(()) => journal.log(&image, &batch, base)?,
             Err(e) => Some(e),
         };
         if let Some(e) = refused {
@@ -69,15 +87,21 @@ impl Top {
                 "the journal could not be written: clusters are completed instead"
             );
             lock(&self.pending).extend(slots);
-            complete()?;
+            if let Err(e) = complete() {
+                self.parts
+                    .changed_again(batch.parts.iter().map(|(cluster, _)| *cluster));
+                return Ok(Err(e));
+            }
+            // Writers go on meanwhile: what they begin now is the next flush's.
+            self.refuse_parts(batch.parts.iter().map(|(cluster, _)| *cluster))?;
             self.end_journal(&mut journal)?;
-            return self.flush_entries();
+            return self.flush_entries().map(Ok);
         }
         self.parts.logged_whole(&slots);
         self.write_entries(&slots)?;
         // Durable with the next sync of the image; until then the journal has them.
         self.unsynced.store(true, Ordering::Release);
-        Ok(())
+        Ok(Ok(()))
     }
 
     fn set_tail(&self) -> Result<()> {
@@ -108,9 +132,9 @@ impl Top {
 
     /// Lets the journal go; durable on return, and so is all that it names. Order: data, sync, the
     /// entries of its slots and no others (it must explain the BAT for as long as it is there),
-    /// sync, the journal's name. Error: `Io` while clusters are in parts.
+    /// sync, the journal's name. Error: `Io` while clusters that it names are in parts.
     fn end_journal(&self, journal: &mut Journal) -> Result<()> {
-        self.refuse_parts()?;
+        self.refuse_parts(journal.slots().into_iter().map(u64::from))?;
         if journal.is_there() {
             self.file.sync()?;
             journal.settle()?;
@@ -129,24 +153,14 @@ impl Top {
         self.journals && self.parts.is_logged(cluster)
     }
 
-    /// The same, for an image that nobody writes.
-    pub(super) fn without_journal(&self) -> Result<()> {
-        let mut journal = lock(&self.journal);
-        let ended = match journal.is_there() {
-            true => self.end_journal(&mut journal),
-            false => Ok(()),
-        };
-        ended.inspect_err(|e| self.gate.latch(e))
-    }
-
-    fn refuse_parts(&self) -> Result<()> {
-        match self.parts.count() {
-            0 => Ok(()),
-            n => {
-                let what = format!("{n} clusters are not complete");
+    fn refuse_parts(&self, mut clusters: impl Iterator<Item = u64>) -> Result<()> {
+        clusters.try_for_each(|cluster| match self.find(cluster)? {
+            Found::Part => {
+                let what = format!("cluster {cluster} of the disk is not complete");
                 Err(Error::new(Kind::Io, what).on(self.file.path()))
             }
-        }
+            Found::Below | Found::At(_) => Ok(()),
+        })
     }
 
     fn entry(&self, slot: u32) -> Result<u32> {
@@ -181,7 +195,7 @@ impl Top {
     pub fn close(&self) -> Result<()> {
         let _one = lock(&self.mark);
         self.gate.check()?;
-        self.refuse_parts()?;
+        self.refuse_parts(self.parts.older_than(u64::MAX, usize::MAX).into_iter())?;
         if !self.marked.load(Ordering::Acquire) {
             // A mark found at open and proven harmless is ours to clear, and so is half a mark.
             if !self.unclean.load(Ordering::Acquire) {
@@ -189,7 +203,13 @@ impl Top {
             }
             self.mark_in_use()?;
         }
-        self.without_journal()?;
+        {
+            let mut journal = lock(&self.journal);
+            if journal.is_there() {
+                let ended = self.end_journal(&mut journal);
+                ended.inspect_err(|e| self.gate.latch(e))?;
+            }
+        }
         self.flush()?;
         let used_len = lock(&self.alloc).used_len();
         if self.file.len()? != used_len {

@@ -16,7 +16,7 @@ struct State {
     failed: Option<String>,
 }
 
-/// The gate that all flushes of one image go through. Latches: after one failed run every later
+/// The gate that all flushes of one image go through. Latches: after one failed sync every later
 /// flush fails, until the image is opened anew.
 #[derive(Debug, Default)]
 pub struct FlushGate {
@@ -25,8 +25,10 @@ pub struct FlushGate {
 }
 
 impl FlushGate {
-    /// Runs `sync`, or waits for a run of another thread that starts after this call.
-    pub fn run(&self, sync: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs `sync`, or waits for a run of another thread that starts after this call. Its error
+    /// latches; the error inside its `Ok` does not: nobody shares that, and the next flush tries
+    /// anew.
+    pub fn run(&self, sync: impl FnOnce() -> Result<Result<()>>) -> Result<()> {
         let lock = |s| self.ended.wait(s).unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let need = state.started + 1;
@@ -50,13 +52,15 @@ impl FlushGate {
 
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.running = false;
-        state.finished = state.started;
-        if let Err(e) = &result {
-            state.failed = Some(e.to_string());
+        match &result {
+            Ok(Ok(())) => state.finished = state.started,
+            // Who waits for this run has one of its own.
+            Ok(Err(_)) => {}
+            Err(e) => state.failed = Some(e.to_string()),
         }
         drop(state);
         self.ended.notify_all();
-        result
+        result?
     }
 
     /// Latches from outside: a failure that makes every later flush a lie.
@@ -104,7 +108,7 @@ mod tests {
                     in_first.send(()).unwrap();
                     gone.recv().unwrap();
                     runs.fetch_add(1, Ordering::SeqCst);
-                    Ok(())
+                    Ok(Ok(()))
                 })
             });
             wait_first.recv().unwrap();
@@ -113,7 +117,7 @@ mod tests {
                     s.spawn(move || {
                         gate.run(|| {
                             runs.fetch_add(1, Ordering::SeqCst);
-                            Ok(())
+                            Ok(Ok(()))
                         })
                     })
                 })
@@ -131,13 +135,27 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_that_could_not_be_done_is_no_reason_to_stop() {
+        let gate = FlushGate::default();
+        let full = || Ok(Err(Error::new(Kind::NoSpace, "full")));
+        assert_eq!(gate.run(full).unwrap_err().kind(), Kind::NoSpace);
+        let mut ran = false;
+        gate.run(|| {
+            ran = true;
+            Ok(Ok(()))
+        })
+        .unwrap();
+        assert!(ran);
+    }
+
+    #[test]
     fn after_a_failed_sync_no_flush_succeeds_again() {
         let gate = FlushGate::default();
         assert!(
             gate.run(|| Err(Error::new(Kind::Io, "disk on fire")))
                 .is_err()
         );
-        let e = gate.run(|| Ok(())).unwrap_err();
+        let e = gate.run(|| Ok(Ok(()))).unwrap_err();
         assert_eq!(e.kind(), Kind::Latched);
         assert!(e.to_string().contains("disk on fire"), "{e}");
         assert!(gate.check().is_err());

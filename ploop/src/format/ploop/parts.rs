@@ -19,6 +19,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::error::Result;
+
 /// Bytes of a granule. A cluster that is no multiple of it is completed at once.
 pub const GRANULE: u64 = 4096;
 /// Parts of one image, at most: bounds memory (100 bytes each).
@@ -63,9 +65,10 @@ impl Granules {
         &self.bits
     }
 
-    /// True when granule `at` is set.
+    /// True when granule `at` is set; none behind the last one is.
     pub fn has(&self, at: u64) -> bool {
-        self.bits[(at / 64) as usize] >> (at % 64) & 1 == 1
+        let word = self.bits.get((at / 64) as usize);
+        word.is_some_and(|w| w >> (at % 64) & 1 == 1)
     }
 
     /// Sets a range, cut to what there is.
@@ -272,11 +275,40 @@ impl Parts {
         }
     }
 
-    /// Takes a part out: the cluster is complete.
-    pub(super) fn remove(&self, cluster: u64) {
-        if self.shard(cluster).parts.remove(&cluster).is_some() {
+    /// The parts of `clusters` that [`Parts::take`] gave did not get into a journal.
+    pub(super) fn changed_again(&self, clusters: impl Iterator<Item = u64>) {
+        for cluster in clusters {
+            self.change(cluster, |_| ());
+        }
+    }
+
+    /// Takes a part out: the cluster is complete, and `entered` enters it. In one step: a journal
+    /// has it as the one or as the other.
+    pub(super) fn finish(&self, cluster: u64, entered: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut shard = self.shard(cluster);
+        entered()?;
+        if shard.parts.remove(&cluster).is_some() {
             self.count.fetch_sub(1, Ordering::AcqRel);
         }
+        Ok(())
+    }
+
+    /// The guest clusters of parts in `clusters`, ascending, and whether a journal may have any
+    /// cluster in there as a part.
+    pub fn within(&self, clusters: Range<u64>) -> (Vec<u64>, bool) {
+        let (mut out, mut logged) = (Vec::new(), false);
+        for shard in &self.shards {
+            let shard = Parts::lock(shard);
+            out.extend(
+                shard
+                    .parts
+                    .range(clusters.clone())
+                    .map(|(&cluster, _)| cluster),
+            );
+            logged |= shard.logged.range(clusters.clone()).next().is_some();
+        }
+        out.sort_unstable();
+        (out, logged)
     }
 
     /// The guest clusters of parts older than `seq`, `limit` of them at most, ascending.
@@ -329,9 +361,25 @@ mod tests {
         assert_eq!(taken[0].1.present.words(), [3]);
         assert_eq!(clusters(taken), [9]);
         parts.change(4, |p| p.present.set(0..1));
-        parts.remove(4);
+        parts.finish(4, || Ok(())).unwrap();
         assert!(parts.take(false).is_empty());
         assert_eq!(clusters(parts.take(true)), [9]);
+        parts.changed_again([9, 4].into_iter());
+        assert_eq!(clusters(parts.take(false)), [9]);
+    }
+
+    #[test]
+    fn a_range_has_its_parts_and_what_a_journal_has_of_it() {
+        let parts = Parts::default();
+        for cluster in [9, 4, 77] {
+            parts.insert(cluster, Part::new(0, Granules::none(16)));
+        }
+        assert_eq!(parts.within(4..77), (vec![4, 9], false));
+        drop(parts.take(true));
+        parts.finish(9, || Ok(())).unwrap();
+        assert_eq!(parts.within(5..77), (vec![], true));
+        parts.logged_whole(&[9]);
+        assert_eq!(parts.within(5..77), (vec![], false));
     }
 
     #[test]
@@ -350,8 +398,8 @@ mod tests {
         }
         assert_eq!((parts.count(), parts.next_seq()), (3, 3));
         assert_eq!(parts.older_than(2, 9), [4, 9]);
-        parts.remove(4);
-        parts.remove(4);
+        parts.finish(4, || Ok(())).unwrap();
+        parts.finish(4, || Ok(())).unwrap();
         assert_eq!(parts.older_than(9, 9), [9, 77]);
         assert_eq!(parts.older_than(9, 1).len(), 1);
         assert_eq!(parts.count(), 2);

@@ -286,6 +286,8 @@ impl Top {
             );
         }
         if self.header.dirty() {
+            // A flush beside this may write entries, too.
+            let _journal = lock(&self.journal);
             self.write_again()?;
         }
         self.unclean.store(true, Ordering::Release);
@@ -315,7 +317,8 @@ impl Top {
     /// A sync that failed in another process leaves pages that the kernel takes for clean though
     /// the disk never got them. Written again, they are dirty again. Every entry that can be read
     /// was written after its cluster's data was on disk, so they may become durable in any order.
-    fn write_again(&self) -> Result<()> {
+    /// The caller holds `journal`.
+    pub(super) fn write_again(&self) -> Result<()> {
         let mut bytes = vec![0; PAGE as usize * 4];
         let pages = u64::from(self.header.entries).div_ceil(PAGE);
         for page in (0..pages).filter(|&page| self.is_stored(page)) {
@@ -437,10 +440,8 @@ impl Top {
     /// Enters a cluster that was a part and whose bytes are all written. The caller holds
     /// [`Top::busy`] for it.
     pub fn finish_part(&self, cluster: u64, offset: u64) -> Result<()> {
-        // In this order: who finds the mark and no part looks again, and finds the entry.
-        self.commit(cluster, offset)?;
-        self.parts.remove(cluster);
-        Ok(())
+        // The entry first: who finds the mark and no part looks again, and finds the entry.
+        self.parts.finish(cluster, || self.commit(cluster, offset))
     }
 
     /// A write to a part was given up: what it may have left is no data.

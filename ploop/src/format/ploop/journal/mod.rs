@@ -39,7 +39,7 @@ use super::header::{HEADER_BYTES, Header};
 use super::parts::{GRANULE, Part};
 use crate::descriptor::Guid;
 use crate::error::{Error, Kind, Result};
-use crate::store::{Access, SECTOR, Store, StoreFile, read_exact};
+use crate::store::{Access, EntryKind, SECTOR, Store, StoreFile, read_exact};
 use record::{Items, Tag, encode, part_bytes, per_record};
 
 pub use record::LoggedPart;
@@ -90,9 +90,10 @@ impl Home {
         })
     }
 
-    /// With a new base after `limit` bytes of records.
+    /// With a new base after `limit` bytes of records, [`LIMIT`] at most.
     #[must_use]
     pub fn with_limit(self, limit: u64) -> Home {
+        let limit = limit.min(LIMIT);
         Home { limit, ..self }
     }
 
@@ -122,14 +123,34 @@ impl Home {
         path.into()
     }
 
-    /// True when the journal is there.
-    pub fn exists(&self) -> Result<bool> {
+    /// True when the journal's file is there; it may have ended.
+    fn exists(&self) -> Result<bool> {
         Ok(self.store.kind(&self.path)?.is_some())
+    }
+
+    /// True when the journal is there and has not ended: a close ends it first, and the removal of
+    /// its name may be lost with the power.
+    pub fn is_live(&self) -> Result<bool> {
+        Ok(self.state()? == Some(false))
+    }
+
+    /// True when it is there and has ended.
+    pub fn has_ended(&self) -> Result<bool> {
+        Ok(self.state()? == Some(true))
+    }
+
+    /// Whether it has ended; `None` when it is not there.
+    fn state(&self) -> Result<Option<bool>> {
+        match self.store.open(&self.path, Access::Read) {
+            Ok(file) => replay::has_ended(file.as_ref()).map(Some),
+            Err(e) if e.kind() == Kind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// True when its directory is.
     fn has_side(&self) -> Result<bool> {
-        Ok(self.store.kind(self.side())?.is_some())
+        Ok(self.store.kind(self.side())? == Some(EntryKind::Dir))
     }
 
     /// Removes the journal, and what the writing of one left. One that is not there is fine. Only
@@ -272,17 +293,22 @@ impl Journal {
         }
     }
 
-    /// Writes `batch` down; durable on return. The image was synced since the batch was taken.
-    /// `Some`: it could not be written, and what was there before still holds. Error: nothing may be
-    /// assumed.
-    pub(super) fn log(&mut self, image: &Image<'_>, batch: &Batch) -> Result<Option<Error>> {
+    /// Writes `batch` down, as a `base` when it was taken for one ([`Journal::wants_base`]); durable
+    /// on return. The image was synced since the batch was taken. `Some`: it could not be written,
+    /// and what was there before still holds. Error: nothing may be assumed.
+    pub(super) fn log(
+        &mut self,
+        image: &Image<'_>,
+        batch: &Batch,
+        base: bool,
+    ) -> Result<Option<Error>> {
         let Some(home) = &self.home else {
             let what = "this image may have no journal";
             return Ok(Some(Error::new(Kind::Permission, what)));
         };
         SYNCS.fetch_add(1, Ordering::Relaxed);
         if let State::Open(open) = &mut self.state
-            && open.at - open.base_end <= home.limit
+            && !base
         {
             // It was opened by another name.
             let appended = open.append(image, batch);

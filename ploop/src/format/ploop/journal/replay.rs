@@ -1,18 +1,18 @@
 //! Reading a journal, and judging whether it explains the image.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashSet};
 
-use super::record::{HEAD, HeaderBytes, Items, LoggedPart, claimed_len, decode};
+use super::record::{HEAD, HeaderBytes, Items, LoggedPart, claimed_len, decode, part_bytes};
 use super::{Home, NEW, TAIL};
 use crate::error::{Error, Kind, Result};
 use crate::format::ploop::delta::judge;
 use crate::format::ploop::header::{HEADER_BYTES, Header};
-use crate::format::ploop::parts::{GRANULE, Part};
+use crate::format::ploop::parts::{self, GRANULE, Part};
 use crate::store::{Access, SECTOR, StoreFile, read_exact, read_or_zero};
 use crate::verify::{ImageScan, PAGE_ENTRIES};
 
-/// A longer file is no journal of ours: the base of the largest image, full, takes a quarter of it.
-const LEN_MAX: u64 = 128 << 20;
+/// Bytes of a journal that are in no proportion to the image: heads of records, zeros ahead.
+const SLACK: u64 = 4 << 20;
 /// Bytes looked at at a time, behind the last record.
 const CHUNK: u64 = 256 * 1024;
 
@@ -23,11 +23,11 @@ pub struct Log {
     sums: Vec<(u32, u32)>,
     /// Slots whose cluster is complete in the file, and their entries.
     pub entries: BTreeMap<u32, u32>,
-    /// Clusters in parts, by slot.
+    /// Clusters in parts, by slot; none that is among the entries.
     pub parts: BTreeMap<u32, LoggedPart>,
-    /// Every slot that is named anywhere.
-    slots: BTreeSet<u32>,
     cluster: u64,
+    /// Guest clusters that the image has entries for.
+    slots: u64,
 }
 
 /// What is to be made of an image's map.
@@ -127,7 +127,7 @@ impl Log {
     pub fn read(file: &dyn StoreFile, header: &Header) -> Result<Option<Log>> {
         let damaged = |what: String| Error::corrupt(what).on(file.path());
         let len = file.len()?;
-        if len > LEN_MAX {
+        if len > longest(header) {
             return Err(damaged(format!("a journal of {len} bytes is none of ours")));
         }
         let granules = header.cluster_bytes() / GRANULE;
@@ -155,8 +155,8 @@ impl Log {
                         sums: Vec::new(),
                         entries: BTreeMap::new(),
                         parts: BTreeMap::new(),
-                        slots: BTreeSet::new(),
                         cluster: header.cluster_bytes(),
+                        slots: u64::from(header.entries).min(header.clusters()),
                     });
                 }
                 (Items::Sums(sums), Some(log)) if sums_left > 0 => {
@@ -180,7 +180,7 @@ impl Log {
         // The last flush may have left any of its records. One of a flush after it says that this
         // one was answered.
         if let Some(later) = later_group(file, at, len, granules, &nonce)?
-            && later > group + 1
+            && later.saturating_sub(group) > 1
         {
             let what = format!("record {number} is damaged, and records follow it");
             return Err(damaged(what).at(at));
@@ -190,19 +190,30 @@ impl Log {
 
     fn add_entries(&mut self, entries: Vec<(u32, u32)>) -> Result<(), String> {
         for (slot, entry) in entries {
+            self.refuse_slot(slot)?;
             let before = self.parts.remove(&slot).map(|p| p.entry);
             let before = before.or_else(|| self.entries.get(&slot).copied());
             if entry == 0 || before.is_some_and(|b| b != entry) {
                 return Err(format!("cluster {slot} is in two places"));
             }
             self.entries.insert(slot, entry);
-            self.slots.insert(slot);
         }
         Ok(())
     }
 
+    fn refuse_slot(&self, slot: u32) -> Result<(), String> {
+        match u64::from(slot) < self.slots {
+            true => Ok(()),
+            false => Err(format!("it names cluster {slot}, past the end of the disk")),
+        }
+    }
+
     fn add_parts(&mut self, parts: Vec<LoggedPart>) -> Result<(), String> {
+        if !self.cluster.is_multiple_of(GRANULE) {
+            return Err("clusters of this size are never in parts".into());
+        }
         for part in parts {
+            self.refuse_slot(part.slot)?;
             let before = self.parts.get(&part.slot).map(|p| p.entry);
             if part.entry == 0
                 || self.entries.contains_key(&part.slot)
@@ -210,26 +221,33 @@ impl Log {
             {
                 return Err(format!("cluster {} is in two places", part.slot));
             }
-            self.slots.insert(part.slot);
             self.parts.insert(part.slot, part);
         }
-        Ok(())
+        // Room for those that writers began while others were completed.
+        match self.parts.len() > 2 * parts::most(self.cluster) {
+            true => Err("it names more clusters in parts than an image may have".into()),
+            false => Ok(()),
+        }
     }
 
-    /// The slots that it names, and for each the entry that it may have on disk.
-    fn named(&self) -> impl Iterator<Item = (u32, u32)> {
+    /// The slots that it names, ascending, and for each the entry that it may have on disk.
+    fn named(&self) -> Vec<(u32, u32)> {
         let parts = self.parts.values().map(|p| (p.slot, p.entry));
-        self.entries.iter().map(|(s, e)| (*s, *e)).chain(parts)
+        let mut named: Vec<_> = self.entries.iter().map(|(s, e)| (*s, *e)).collect();
+        named.extend(parts);
+        named.sort_unstable();
+        named
     }
 
     /// The clusters of the disk that it names, ascending, and how many bytes of each are in the
     /// image's file.
     pub fn clusters(&self) -> impl Iterator<Item = (u64, u64)> {
-        let bytes = |slot: &u32| match self.parts.get(slot) {
+        let bytes = |slot: u32| match self.parts.get(&slot) {
             Some(part) => part.present.count_set() * GRANULE,
             None => self.cluster,
         };
-        self.slots.iter().map(move |s| (u64::from(*s), bytes(s)))
+        let slots = self.named().into_iter().map(|(slot, _)| slot);
+        slots.map(move |s| (u64::from(s), bytes(s)))
     }
 
     /// Whether the image is as this journal's writer left it, and what is to be replayed. Error:
@@ -249,7 +267,8 @@ impl Log {
             let what = "cut or extended the file after a crash";
             return Err(changed(what.into()).at(scan.file_len));
         }
-        let slots: Vec<u32> = self.slots.iter().copied().collect();
+        let named = self.named();
+        let slots: Vec<u32> = named.iter().map(|(slot, _)| *slot).collect();
         let now = sums(file, &scan.header, &slots)?;
         if now != self.sums {
             let page = now.iter().zip(&self.sums).find(|(a, b)| a != b);
@@ -264,16 +283,11 @@ impl Log {
             slots,
             ..Replay::default()
         };
-        let mut claimed = BTreeSet::new();
-        for (slot, entry) in self.named() {
+        let mut claimed = HashSet::new();
+        let mut page = Page::default();
+        for (slot, entry) in named {
             let at = Header::slot_offset(u64::from(slot));
-            if u64::from(slot) >= u64::from(scan.header.entries).min(scan.header.clusters()) {
-                let what = format!("the journal names cluster {slot}, past the end of the disk");
-                return Err(Error::corrupt(what));
-            }
-            let mut raw = [0; 4];
-            read_exact(file, &mut raw, at)?;
-            let on_disk = u32::from_le_bytes(raw);
+            let on_disk = page.entry(file, &scan.header, slot)?;
             if on_disk != 0 {
                 if on_disk != entry {
                     return Err(changed(format!("changed BAT entry {slot}")).at(at));
@@ -300,8 +314,49 @@ impl Log {
             }
         }
         replay.claimed = claimed.into_iter().collect();
+        replay.claimed.sort_unstable();
         Ok(replay)
     }
+}
+
+/// The page of a BAT that was read last.
+#[derive(Default)]
+struct Page {
+    first: u64,
+    bytes: Vec<u8>,
+}
+
+impl Page {
+    fn entry(&mut self, file: &dyn StoreFile, header: &Header, slot: u32) -> Result<u32> {
+        let slot = u64::from(slot);
+        let first = slot / PAGE_ENTRIES * PAGE_ENTRIES;
+        if self.bytes.is_empty() || self.first != first {
+            let count = PAGE_ENTRIES.min(u64::from(header.entries).saturating_sub(first));
+            self.first = first;
+            self.bytes.resize(count as usize * 4, 0);
+            read_exact(file, &mut self.bytes, Header::slot_offset(first))?;
+        }
+        let at = (slot - first) as usize * 4;
+        let raw = self.bytes.get(at..at + 4).unwrap_or(&[0; 4]);
+        Ok(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]))
+    }
+}
+
+/// Bytes of the longest journal that is one of ours for an image with `header`: a base, with every
+/// entry and the most parts, and one flush of as much behind it.
+fn longest(header: &Header) -> u64 {
+    let cluster = header.cluster_bytes();
+    let part = part_bytes((cluster / GRANULE).div_ceil(64) as usize) as u64;
+    let entries = u64::from(header.entries) * 8;
+    let flush = entries + 2 * parts::most(cluster) as u64 * part;
+    // A head and a border for each record of 64 KiB.
+    (2 * flush + entries / PAGE_ENTRIES) / 64 * 65 + SLACK
+}
+
+/// True when the journal in `file` says that there is none.
+pub(super) fn has_ended(file: &dyn StoreFile) -> Result<bool> {
+    let first = record_at(file, 0, file.len()?, 0)?;
+    Ok(matches!(first, Some((_, Items::End, _))))
 }
 
 type Found = (super::record::Tag, Items, u64);
