@@ -6,14 +6,23 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ploop::format::ploop::Version;
+use ploop::descriptor::{Descriptor, Guid};
+use ploop::device::Device;
+use ploop::disk::open::{DESCRIPTOR, Opener, Source};
+use ploop::format::ploop::{Header, Version, create};
+use ploop::store::memory::MemoryStore;
 use ploop::store::recording::Budget;
+use ploop::store::{SECTOR, Store};
 use ploop_tests::crash::front::{FrontStore, Kind, killed};
 use ploop_tests::crash::proof::{Proof, Scenario, Verdict};
 use ploop_tests::crash::{CLUSTER_SECTORS, Fixture, History, Runner, Shape, Step, Sweep, workload};
+use snapshots::merge::{Merge, Step as MergeStep};
+use snapshots::place::Place;
+use snapshots::snapshot::{NewSnapshot, take_offline};
 
 const FILES: &[&str] = &[
     "ploop/src/format/ploop/top.rs",
@@ -93,6 +102,100 @@ fn killed_scenario<'a>(
     }
 }
 
+const DISK: &str = "/d";
+const MERGED_CLUSTERS: u64 = 6;
+/// Sectors of a cluster there.
+const SECTORS: u32 = CLUSTER_SECTORS as u32;
+
+/// A disk that is all data, with one snapshot of it.
+fn with_snapshot() -> MemoryStore {
+    let memory = MemoryStore::new();
+    let store: Arc<dyn Store> = Arc::new(memory.clone());
+    let size = MERGED_CLUSTERS * CLUSTER_SECTORS;
+    let header = Header::new(Version::V2, SECTORS, size).unwrap();
+    let dir = Path::new(DISK);
+    store.create_dir(dir).unwrap();
+    drop(create(store.as_ref(), &dir.join("root.hds"), &header, 0o600).unwrap());
+    let d = Descriptor::new_single(size, SECTORS, false, Guid::TOP, "root.hds").unwrap();
+    let xml = store.create(&dir.join(DESCRIPTOR), 0o600).unwrap();
+    xml.write_at(&d.to_xml(), 0).unwrap();
+    with_place(&store, |place| {
+        let disk = place.open().unwrap();
+        disk.write(0, &vec![1; (size * SECTOR) as usize]).unwrap();
+        disk.close().unwrap();
+        drop(disk);
+        take_offline(place, &NewSnapshot::default()).unwrap();
+    });
+    memory
+}
+
+fn with_place<T>(store: &Arc<dyn Store>, f: impl FnOnce(&Place<'_>) -> T) -> T {
+    let opener = Opener::on(store.clone());
+    let source = Source::parse(store.as_ref(), DISK).unwrap();
+    f(&Place::disk(&opener, &source, &[], false).unwrap())
+}
+
+/// A snapshot is merged into the top, which has a journal; then the power goes, and the journal is
+/// lost, or looked at by nobody.
+fn merge_scenario<'a>() -> Scenario<'a> {
+    Scenario {
+        name: "merge into a top with a journal".into(),
+        start: with_snapshot(),
+        run: Box::new(|front, store| {
+            with_place(&front, |place| {
+                let cluster = CLUSTER_SECTORS * SECTOR;
+                let d = place.descriptor().unwrap();
+                let snapshot = d.shot(d.top).unwrap().parent;
+                let disk = place.open().unwrap();
+                disk.write(5 * cluster + 4096, &[7; 4096]).unwrap();
+                disk.flush().unwrap();
+                let mut merge = Merge::begin(place, &disk, snapshot).unwrap();
+                while merge.step(cluster).unwrap() == MergeStep::More {}
+            });
+            let store = store.clone();
+            let check = move || {
+                let budget = Budget {
+                    exhaustive_units: 4,
+                    seeded: 10,
+                    seed: 1,
+                };
+                for point in 0..=store.log().len() {
+                    for state in store.states_at(point, &budget) {
+                        let memory = state.build();
+                        no_zeros(memory.snapshot(), true).map_err(|e| format!("{e}: {state}"))?;
+                        no_zeros(memory, false).map_err(|e| format!("{e}: {state}"))?;
+                    }
+                }
+                Ok(())
+            };
+            Box::new(check) as Verdict<'a>
+        }),
+    }
+}
+
+fn no_zeros(memory: MemoryStore, with_journal: bool) -> Result<(), String> {
+    let store: Arc<dyn Store> = Arc::new(memory);
+    let side = Path::new(DISK).join(".ploop");
+    for name in store.list(&side).unwrap_or_default() {
+        if !with_journal && name.to_string_lossy().starts_with("journal.") {
+            store.remove_file(&side.join(name)).unwrap();
+        }
+    }
+    with_place(&store, |place| {
+        let disk = match place.open() {
+            Ok(disk) => disk,
+            Err(e) if with_journal => return Err(format!("refused: {e}")),
+            Err(_) => return Ok(()),
+        };
+        let mut got = vec![0; disk.size() as usize];
+        match disk.read(0, &mut got) {
+            Ok(()) if got.contains(&0) => Err(format!("zeros, with its journal: {with_journal}")),
+            Err(e) if with_journal => Err(format!("unreadable: {e}")),
+            _ => Ok(()),
+        }
+    })
+}
+
 /// Goal: no sync of the writable image can be taken out or moved. Method: every story with every
 /// sync dropped, hastened and delayed, until each line of the code that syncs was noticed.
 #[test]
@@ -130,5 +233,6 @@ fn every_sync_of_the_writable_image_is_needed_where_it_is() {
     ] {
         proof.add(&killed_scenario(&fx, when, steps, next), FILES);
     }
+    proof.add(&merge_scenario(), FILES);
     proof.verdict(FILES);
 }
