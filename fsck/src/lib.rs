@@ -24,6 +24,7 @@ mod image;
 mod journal;
 mod names;
 mod qcow2;
+pub mod repair;
 mod report;
 
 use ploop::disk::open::{Format, OpenOptions, Opener, Source};

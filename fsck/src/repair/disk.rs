@@ -1,0 +1,605 @@
+//! What is to be done to a disk: its images, its descriptor, what lies beside them.
+//!
+//! * An image that a merge is being made into, and its child, are left to the merge.
+//! * A conversion is taken back in every image of the disk, the base last: OpenVZ's tool takes the
+//!   base's flag for that of all.
+//! * Files that nothing names are put into `.ploop/lost+found`, never removed.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ploop::descriptor::{Descriptor, Guid, Temporary};
+use ploop::disk::open::{MERGING, Opener};
+use ploop::format::ploop::delta::read_header;
+use ploop::format::ploop::header::{FLAG_CONVERTING, HEADER_BYTES, IN_USE_DIRTY};
+use ploop::format::ploop::journal::{self, Home};
+use ploop::store::{Access, EntryKind, Store, StoreFile, read_exact};
+use ploop::verify::{Class, scan_image};
+use ploop::{Kind, Result};
+
+use super::fields::{Fields, HeaderBytes};
+use super::files::Files;
+use super::geometry::push;
+use super::image::{self, Backup, Changes, Notes};
+use super::{Move, Plan, Remark, Step};
+
+/// Findings about how images fit together: nothing in one of them is wrong.
+const BETWEEN: &[&str] = &[
+    "cluster-size-mismatch",
+    "version-mismatch",
+    "child-smaller-than-parent",
+    "duplicate-file",
+    "path-outside",
+    "bad-path",
+    "missing-file",
+];
+/// A longer file is no side metadata.
+const META_MAX: u64 = 16 << 20;
+/// Nodes named of one step, at most: OpenVZ's tool has no more in a chain.
+const READERS_MAX: usize = 128;
+/// Where files go that nothing names.
+pub(super) const LOST: &str = "lost+found";
+/// Our own directory in a disk's.
+pub(super) const SIDE: &str = ".ploop";
+
+/// What there is to do. Two surveys of the same files are equal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Survey {
+    pub(super) images: Vec<Surveyed>,
+    pub(super) unrepairable: Vec<Remark>,
+    pub(super) left: Vec<Remark>,
+    pub(super) moves: Vec<Move>,
+    pub(super) descriptor: Option<Rewrite>,
+    /// Every image that was looked into.
+    seen: HashSet<PathBuf>,
+}
+
+/// One image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Surveyed {
+    pub(super) path: PathBuf,
+    pub(super) steps: Vec<Step>,
+    pub(super) changes: Option<Changes>,
+}
+
+impl Surveyed {
+    /// Every step of it is one that asks nobody.
+    pub(super) fn automatic(&self) -> bool {
+        self.steps.iter().all(|s| s.automatic)
+    }
+}
+
+/// A descriptor with values that are stale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rewrite {
+    pub(super) path: PathBuf,
+    pub(super) old: Vec<u8>,
+    pub(super) new: Vec<u8>,
+    what: String,
+}
+
+impl Survey {
+    pub(super) fn steps(&self) -> Vec<Step> {
+        let mut steps: Vec<Step> = self.images.iter().flat_map(|i| i.steps.clone()).collect();
+        steps.extend(self.moves.iter().map(Move::step));
+        steps.extend(self.descriptor.iter().map(Rewrite::step));
+        steps
+    }
+
+    fn cannot(&mut self, file: &Path, what: impl Into<String>) {
+        self.unrepairable.push(Remark {
+            file: file.to_path_buf(),
+            what: what.into(),
+        });
+    }
+
+    fn leave(&mut self, file: &Path, what: impl Into<String>) {
+        self.left.push(Remark {
+            file: file.to_path_buf(),
+            what: what.into(),
+        });
+    }
+}
+
+impl Move {
+    pub(super) fn step(&self) -> Step {
+        let what = match &self.with {
+            Some(_) => format!("it is done with: move it to {}", self.to.display()),
+            None => format!("nothing names it: move it to {}", self.to.display()),
+        };
+        Step {
+            automatic: self.automatic,
+            ..Step::new(&self.from, what)
+        }
+    }
+}
+
+impl Rewrite {
+    pub(super) fn step(&self) -> Step {
+        Step {
+            automatic: true,
+            ..Step::new(&self.path, self.what.clone())
+        }
+    }
+}
+
+/// Looks at the images of the plan's source. Files are opened through `files` only.
+pub(super) fn survey(
+    opener: &Opener,
+    files: &mut Files<'_>,
+    real: &Path,
+    plan: &Plan,
+) -> Result<Survey> {
+    let mut surveyor = Surveyor {
+        opener,
+        files,
+        root: &plan.root,
+        survey: Survey::default(),
+    };
+    match plan.source.descriptor {
+        true => surveyor.disk(real, plan)?,
+        false => {
+            let file = surveyor.files.image(real)?;
+            surveyor.image(&file, false)?;
+        }
+    }
+    Ok(surveyor.survey)
+}
+
+struct Surveyor<'a, 'b> {
+    opener: &'a Opener,
+    files: &'a mut Files<'b>,
+    root: &'a Path,
+    survey: Survey,
+}
+
+/// An image of the disk and where its node is.
+struct Node {
+    guid: Guid,
+    path: PathBuf,
+    /// Images below it.
+    depth: usize,
+}
+
+/// The tree of a descriptor, for looking things up.
+struct Tree {
+    parents: HashMap<Guid, Guid>,
+    children: HashMap<Guid, Vec<Guid>>,
+}
+
+impl Tree {
+    fn of(d: &Descriptor) -> Tree {
+        let parents: HashMap<Guid, Guid> = d.shots.iter().map(|s| (s.guid, s.parent)).collect();
+        let mut children: HashMap<Guid, Vec<Guid>> = HashMap::new();
+        for shot in &d.shots {
+            children.entry(shot.parent).or_default().push(shot.guid);
+        }
+        Tree { parents, children }
+    }
+
+    /// Nodes from every one of `d` to its base. The descriptor has no cycle.
+    fn depths(&self) -> HashMap<Guid, usize> {
+        let mut depths = HashMap::new();
+        let base = |g: &Guid| !self.parents.contains_key(&self.parents[g]);
+        let mut todo: Vec<(Guid, usize)> = self
+            .parents
+            .keys()
+            .filter(|g| base(g))
+            .map(|g| (*g, 0))
+            .collect();
+        while let Some((guid, depth)) = todo.pop() {
+            depths.insert(guid, depth);
+            let above = self.children.get(&guid).into_iter().flatten();
+            todo.extend(above.map(|g| (*g, depth + 1)));
+        }
+        depths
+    }
+
+    /// The nodes whose chain `guid` is in, itself first; [`READERS_MAX`] at most.
+    fn readers(&self, guid: Guid) -> Vec<Guid> {
+        let (mut out, mut next) = (vec![guid], 0);
+        while next < out.len() && out.len() < READERS_MAX {
+            out.extend(self.children.get(&out[next]).into_iter().flatten());
+            next += 1;
+        }
+        out.truncate(READERS_MAX);
+        out
+    }
+}
+
+/// What the journal of an image is worth.
+enum Journal {
+    /// Nothing: there is none, or it has ended.
+    Nothing,
+    /// Opening replays it.
+    Replayable,
+    /// It does not explain the image.
+    Useless(PathBuf),
+}
+
+impl Surveyor<'_, '_> {
+    fn disk(&mut self, xml: &Path, plan: &Plan) -> Result<()> {
+        let d = match self.opener.read_descriptor(xml) {
+            Ok(d) => d,
+            Err(e) if e.kind() == Kind::Corrupt => {
+                let what = format!("{}: what it was to say cannot be known", e.what());
+                self.survey.cannot(xml, what);
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        let tree = Tree::of(&d);
+        let nodes = self.nodes(&d, &tree, xml, plan)?;
+        let mut converting = false;
+        let mut heads = Vec::new();
+        for node in &nodes {
+            let file = self.files.image(&node.path)?;
+            let fields = fields_of(file.as_ref())?;
+            converting |= fields.is_some_and(is_converting);
+            heads.push((file, fields));
+        }
+        let merging = self.merging(&d, &tree, &nodes, &heads)?;
+        for (node, (file, _)) in nodes.iter().zip(&heads) {
+            if merging.contains(&node.guid) {
+                let what = "a merge of this image and another was interrupted: the next `ploop \
+                            snapshot delete` or `ploop snapshot merge` of the disk finishes it";
+                self.survey.leave(&node.path, what);
+                continue;
+            }
+            let before = self.survey.images.len();
+            self.image(file, converting)?;
+            for image in &mut self.survey.images[before..] {
+                let readers = tree.readers(node.guid);
+                for step in &mut image.steps {
+                    step.snapshots = readers.clone();
+                }
+            }
+        }
+        self.stale(&d, xml, &nodes)
+    }
+
+    /// The ploop images of the disk, those with most below them first.
+    fn nodes(&mut self, d: &Descriptor, tree: &Tree, xml: &Path, plan: &Plan) -> Result<Vec<Node>> {
+        let depths = tree.depths();
+        let raw_base = d.base_is_raw();
+        let (mut nodes, mut seen): (Vec<Node>, HashSet<PathBuf>) = Default::default();
+        for image in &d.images {
+            let path = match self.opener.confine(self.root, &image.file, &plan.options) {
+                Ok(path) => path,
+                Err(e) if matches!(e.kind(), Kind::Io | Kind::InUse) => return Err(e),
+                Err(e) => {
+                    self.survey.cannot(e.path().unwrap_or(xml), e.what());
+                    continue;
+                }
+            };
+            if !seen.insert(path.clone()) {
+                self.survey.cannot(&path, "two images are this one file");
+                continue;
+            }
+            if !path.starts_with(self.root) {
+                let what = "it lies outside of the disk's directory and is not repaired from here; \
+                            name it by itself";
+                self.survey.leave(&path, what);
+                continue;
+            }
+            let depth = depths.get(&image.guid).copied().unwrap_or(0);
+            if raw_base && tree.parents.get(&image.guid) == Some(&Guid::NONE) {
+                continue;
+            }
+            match self.opener.store().open(&path, Access::Read) {
+                Ok(_) => {}
+                Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Invalid) => {
+                    self.survey.cannot(&path, e.what());
+                    continue;
+                }
+                Err(e) => return Err(e),
+            }
+            nodes.push(Node {
+                guid: image.guid,
+                path,
+                depth,
+            });
+        }
+        nodes.sort_by_key(|n| std::cmp::Reverse(n.depth));
+        Ok(nodes)
+    }
+
+    /// Nodes that a merge is rewriting: their marks are part of it.
+    fn merging(
+        &self,
+        d: &Descriptor,
+        tree: &Tree,
+        nodes: &[Node],
+        heads: &[(Arc<dyn StoreFile>, Option<Fields>)],
+    ) -> Result<HashSet<Guid>> {
+        let mut out = HashSet::new();
+        for shot in d.shots.iter().filter(|s| s.temporary != Temporary::No) {
+            let at = nodes.iter().position(|n| n.guid == shot.guid);
+            let head = at.and_then(|at| heads.get(at)).and_then(|h| h.1);
+            let dirty = head.is_some_and(|f| f.in_use() == IN_USE_DIRTY);
+            let marker = format!("{MERGING}{}", shot.guid);
+            let marker = self.root.join(SIDE).join(marker);
+            let ours = self.opener.store().kind(&marker)?.is_some();
+            if dirty || ours || shot.temporary != Temporary::Temporary {
+                out.insert(shot.guid);
+                out.extend(tree.children.get(&shot.guid).into_iter().flatten());
+            }
+        }
+        Ok(out)
+    }
+
+    /// One image. `converting`: one of its disk's says that a conversion was interrupted.
+    fn image(&mut self, file: &Arc<dyn StoreFile>, converting: bool) -> Result<()> {
+        let path = file.path().to_path_buf();
+        self.survey.seen.insert(path.clone());
+        let mut notes = Notes::on(&path);
+        let journal = match self.journal(file, &mut notes)? {
+            Journal::Replayable => return Ok(()),
+            Journal::Nothing => None,
+            Journal::Useless(path) => Some(path),
+        };
+        let backup = self.backup(file)?;
+        let wanted = match &backup {
+            Some(backup) => put_back(file, backup, converting)?,
+            None => false,
+        };
+        let mut planned = match image::plan(file, backup.as_ref().filter(|_| wanted))? {
+            Ok(planned) => planned,
+            Err(why) => {
+                self.survey.cannot(&path, why);
+                return Ok(());
+            }
+        };
+        planned.steps.splice(0..0, notes.steps);
+        if let Some(backup) = backup {
+            self.put_away(&backup.path, wanted.then(|| path.clone()), wanted)?;
+        }
+        if let Some(journal) = journal {
+            self.put_away(&journal, Some(path.clone()), false)?;
+        }
+        if !planned.steps.is_empty() {
+            self.survey.images.push(Surveyed {
+                path,
+                steps: planned.steps,
+                changes: planned.changes,
+            });
+        }
+        Ok(())
+    }
+
+    fn journal(&mut self, file: &Arc<dyn StoreFile>, notes: &mut Notes) -> Result<Journal> {
+        let Some(home) = Home::of(self.opener.store(), file.path()) else {
+            return Ok(Journal::Nothing);
+        };
+        if !home.exists()? {
+            return Ok(Journal::Nothing);
+        }
+        let header = match read_header(file.as_ref()) {
+            Ok((header, _)) => header,
+            Err(e) if e.kind() == Kind::Corrupt => {
+                let what = "the image has a journal, and a header that it cannot be read with";
+                self.survey.cannot(file.path(), what);
+                return Ok(Journal::Replayable);
+            }
+            Err(e) => return Err(e),
+        };
+        let useless = Journal::Useless(home.path().to_path_buf());
+        let log = match journal::read(&home, &header) {
+            Ok(Some(log)) => log,
+            Ok(None) => return Ok(Journal::Nothing),
+            Err(e) if e.kind() == Kind::Corrupt => {
+                let what = format!("its journal is damaged ({}): do without it", e.what());
+                let gives_up = "what was flushed last, in clusters that cannot be named";
+                notes.giving_up(what, gives_up, false);
+                return Ok(useless);
+            }
+            Err(e) => return Err(e),
+        };
+        match log.explain(file.as_ref(), &scan_image(file.as_ref())?) {
+            Ok(_) => {
+                let what = "its journal holds what was flushed last: the next command that opens \
+                            the disk for writing replays it and closes the image";
+                self.survey.leave(file.path(), what);
+                Ok(Journal::Replayable)
+            }
+            Err(e) if e.kind() == Kind::Corrupt => {
+                let cluster = header.cluster_bytes();
+                let mut ranges = Vec::new();
+                for (slot, _) in log.clusters() {
+                    let end = ((slot + 1) * cluster).min(header.size());
+                    push(&mut ranges, slot * cluster..end);
+                }
+                let what = format!(
+                    "{}: its journal cannot be replayed, do without it",
+                    e.what()
+                );
+                notes.losing(what, ranges);
+                Ok(useless)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The copy of header and BAT that OpenVZ's tool keeps while it converts an image.
+    fn backup(&self, file: &Arc<dyn StoreFile>) -> Result<Option<Backup>> {
+        let mut path = OsString::from(file.path());
+        path.push(".idx");
+        let path = PathBuf::from(path);
+        match self.opener.store().kind(&path)? {
+            Some(EntryKind::File) => Ok(Some(Backup {
+                file: self.opener.store().open(&path, Access::Read)?,
+                path,
+            })),
+            _ => Ok(None),
+        }
+    }
+
+    /// Plans to move `path` to where lost files go, under a name that is free.
+    fn put_away(&mut self, path: &Path, with: Option<PathBuf>, automatic: bool) -> Result<()> {
+        let store = self.opener.store();
+        let to = free_place(store.as_ref(), self.root, path, &self.survey.moves)?;
+        self.survey.moves.push(Move {
+            from: path.to_path_buf(),
+            to,
+            with,
+            automatic,
+        });
+        Ok(())
+    }
+
+    /// Values of the descriptor that the header of the top overrules.
+    fn stale(&mut self, d: &Descriptor, xml: &Path, nodes: &[Node]) -> Result<()> {
+        let Some(top) = nodes.iter().find(|n| n.guid == d.top) else {
+            return Ok(());
+        };
+        let planned = self.survey.images.iter().find(|i| i.path == top.path);
+        let planned = planned.and_then(|i| i.changes.as_ref());
+        let planned = planned.and_then(|c| c.header.or(c.geometry));
+        let fields = match planned {
+            Some(bytes) => Some(Fields(bytes)),
+            None => fields_of(self.files.image(&top.path)?.as_ref())?,
+        };
+        let Some(size) = fields.map(|f| f.size_sectors()) else {
+            return Ok(());
+        };
+        let stale = |value: Option<u64>| value.is_some_and(|v| v != size);
+        if size == 0 || !stale(d.disk_sectors) && !stale(d.end) {
+            return Ok(());
+        }
+        let mut new = d.clone();
+        new.set_disk_sectors(size);
+        let file = self.opener.store().open(xml, Access::Read)?;
+        let mut old = vec![0; file.len()? as usize];
+        read_exact(file.as_ref(), &mut old, 0)?;
+        self.survey.descriptor = Some(Rewrite {
+            path: xml.to_path_buf(),
+            old,
+            new: new.to_xml(),
+            what: format!(
+                "it says a disk of {} sectors, the top image has {size}: write that",
+                d.disk_sectors.or(d.end).unwrap_or(0)
+            ),
+        });
+        Ok(())
+    }
+}
+
+/// The header of an image, if it has one.
+fn fields_of(file: &dyn StoreFile) -> Result<Option<Fields>> {
+    let mut head: HeaderBytes = [0; HEADER_BYTES as usize];
+    let got = file.read_at(&mut head, 0)?;
+    Ok((got == head.len()).then_some(Fields(head)))
+}
+
+fn is_converting(fields: Fields) -> bool {
+    fields.version().is_some() && fields.flags() & FLAG_CONVERTING != 0
+}
+
+/// Whether the image is to become what `backup` says. An image that is not marked itself is, when
+/// another one of the disk is and it was converted already.
+fn put_back(file: &Arc<dyn StoreFile>, backup: &Backup, converting: bool) -> Result<bool> {
+    let (now, before) = (fields_of(file.as_ref())?, fields_of(backup.file.as_ref())?);
+    Ok(match (now, before) {
+        (Some(now), _) if is_converting(now) => true,
+        (Some(now), Some(before)) => converting && now.version() != before.version(),
+        _ => false,
+    })
+}
+
+/// A name in `lost+found` that is free and in none of `taken`.
+fn free_place(store: &dyn Store, root: &Path, path: &Path, taken: &[Move]) -> Result<PathBuf> {
+    let dir = root.join(SIDE).join(LOST);
+    let name = path.file_name().unwrap_or_default();
+    let mut number = 0u32;
+    loop {
+        let mut name = name.to_os_string();
+        if number > 0 {
+            name.push(format!(".{number}"));
+        }
+        let to = dir.join(name);
+        if taken.iter().all(|m| m.to != to) && store.kind(&to)?.is_none() {
+            return Ok(to);
+        }
+        number += 1;
+    }
+}
+
+/// What the checker finds of the disk beyond its images: leftovers, and what cannot be repaired.
+pub(super) fn leftovers(opener: &Opener, plan: &mut Plan) -> Result<()> {
+    let report = crate::check(opener, &plan.source, &plan.options)?;
+    let kept = swept_by_us(opener.store().as_ref(), &plan.root)?;
+    let images: HashSet<PathBuf> = plan.survey.images.iter().map(|i| i.path.clone()).collect();
+    let mut moved: HashSet<PathBuf> = plan.survey.moves.iter().map(|m| m.from.clone()).collect();
+    for finding in &report.findings {
+        let (kind, file) = (finding.kind, &finding.file);
+        let remark = |what: String| Remark {
+            file: file.clone(),
+            what,
+        };
+        let idx = kind == "conversion-interrupted" && file.extension().is_some_and(|e| e == "idx");
+        if kind == "orphan-file" || idx {
+            if !moved.insert(file.clone()) {
+                continue;
+            }
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            if kept.contains(name.as_ref()) {
+                let what = "an operation of ours left it: the next one on the disk removes it";
+                plan.left.push(remark(what.into()));
+                continue;
+            }
+            let taken = [&plan.survey.moves[..], &plan.moves[..]].concat();
+            let step = Move {
+                to: free_place(opener.store().as_ref(), &plan.root, file, &taken)?,
+                from: file.clone(),
+                with: None,
+                automatic: false,
+            };
+            plan.steps.push(step.step());
+            plan.moves.push(step);
+        } else if kind == "interrupted-merge" {
+            let what = format!(
+                "{}: the next `ploop snapshot delete` or `ploop snapshot merge` of the disk \
+                 finishes it",
+                finding.what
+            );
+            plan.left.push(remark(what));
+        } else if finding.class == Class::Corrupt && !kind.starts_with("journal") {
+            // What is wrong inside of an image was planned for, or refused, by its survey.
+            let between = BETWEEN.contains(&kind);
+            let inside = plan.survey.seen.contains(file) || images.contains(file);
+            let stale = plan.survey.descriptor.as_ref();
+            let stale = stale.is_some_and(|r| r.path == *file) && kind.contains("size");
+            let said = plan.unrepairable.iter().any(|r| r.file == *file);
+            if between || !inside && !stale {
+                match said {
+                    true => {}
+                    false => plan.unrepairable.push(remark(finding.what.clone())),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Files that operations of ours made and may leave; they sweep them.
+fn swept_by_us(store: &dyn Store, root: &Path) -> Result<HashSet<String>> {
+    let path = root.join(SIDE).join("meta.json");
+    if store.kind(&path)? != Some(EntryKind::File) {
+        return Ok(HashSet::new());
+    }
+    let file = store.open(&path, Access::Read)?;
+    let len = file.len()?;
+    if len > META_MAX {
+        return Ok(HashSet::new());
+    }
+    let mut bytes = vec![0; len as usize];
+    read_exact(file.as_ref(), &mut bytes, 0)?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
+    let files = value["files"].as_array().cloned().unwrap_or_default();
+    Ok(files
+        .iter()
+        .filter_map(|f| f.as_str().map(str::to_owned))
+        .collect())
+}
