@@ -284,14 +284,16 @@ fn restore(
             if store.kind(&from)?.is_none() {
                 store.rename_new(&to, &from)?;
             }
-            dirs.extend(
-                [from, to]
-                    .iter()
-                    .filter_map(|p| p.parent().map(Path::to_path_buf)),
-            );
+            let parents = [from, to].map(|p| p.parent().map(Path::to_path_buf));
+            dirs.extend(parents.into_iter().flatten());
         }
     }
-    dirs.iter().try_for_each(|dir| store.sync_dir(dir))?;
+    for dir in dirs {
+        // An undo that went this far has removed it.
+        if store.kind(&dir)?.is_some() {
+            store.sync_dir(&dir)?;
+        }
+    }
     let mut reader = Reader::new(file)?;
     let mut current: Option<(usize, u64)> = None;
     let finish = |current: Option<(usize, u64)>| -> Result<()> {

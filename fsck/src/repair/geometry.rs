@@ -132,9 +132,10 @@ fn other_cluster(found: &Fields) -> Option<u64> {
     let all = u64::from(*CLUSTER_SECTORS_OPENVZ.start())..=u64::from(*CLUSTER_SECTORS_OPENVZ.end());
     let mut powers = std::iter::successors(Some(*all.start()), |c| Some(c * 2));
     let powers = powers.by_ref().take_while(|c| all.contains(c));
-    // A table within its first cluster says how long a cluster is, whatever it is.
+    // Of a size that is none of OpenVZ's, a table within its first cluster says how long one is.
+    let odd = (!own.is_power_of_two()).then_some(field);
     powers
-        .chain([field])
+        .chain(odd)
         .find(|&c| c != 0 && c != own && field.is_multiple_of(c) && fits(c))
 }
 

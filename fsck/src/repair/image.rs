@@ -346,9 +346,12 @@ impl Planner<'_> {
         }
         let at = self.fields.extension().saturating_mul(SECTOR);
         let cluster = header.cluster_bytes();
+        // Without its magic it is nobody's but the entry's.
+        let ours = read_extension(&self.view, header, self.view.len)?;
         let mut shared = Vec::new();
         for owner in &table.owners {
-            if owner.offset < at.saturating_add(cluster) && at < owner.offset + cluster {
+            let here = owner.offset < at.saturating_add(cluster) && at < owner.offset + cluster;
+            if here && matches!(ours, Extension::Sections(_)) {
                 let from = u64::from(owner.slot) * cluster;
                 push(&mut shared, from..from + cluster);
             }
