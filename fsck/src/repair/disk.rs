@@ -248,6 +248,17 @@ impl Surveyor<'_, '_> {
                 self.survey.leave(&node.path, what);
                 continue;
             }
+            if let Some(fields) = fields_of(file.as_ref())?
+                && fields.cluster_sectors() != d.cluster_sectors
+            {
+                let what = format!(
+                    "clusters of {} sectors, the descriptor says {}",
+                    fields.cluster_sectors(),
+                    d.cluster_sectors
+                );
+                self.survey.cannot(&node.path, what);
+                continue;
+            }
             let before = self.survey.images.len();
             self.image(file, converting)?;
             for image in &mut self.survey.images[before..] {
@@ -257,7 +268,44 @@ impl Surveyor<'_, '_> {
                 }
             }
         }
+        self.pairs(&tree, &nodes)?;
         self.stale(&d, xml, &nodes)
+    }
+
+    /// The header that an image is to have.
+    fn header(&mut self, path: &Path) -> Result<Option<Fields>> {
+        let planned = self.survey.images.iter().find(|i| i.path == path);
+        let planned = planned.and_then(|i| i.changes.as_ref());
+        match planned {
+            Some(changes) => Ok(Some(changes.fields)),
+            None => fields_of(self.files.image(path)?.as_ref()),
+        }
+    }
+
+    /// Refuses a repair after which images would not fit those below them.
+    fn pairs(&mut self, tree: &Tree, nodes: &[Node]) -> Result<()> {
+        let mut headers = HashMap::new();
+        for node in nodes {
+            headers.insert(node.guid, self.header(&node.path)?);
+        }
+        for node in nodes {
+            let below = tree.parents.get(&node.guid).and_then(|p| headers.get(p));
+            let (Some(Some(own)), Some(Some(below))) = (headers.get(&node.guid), below) else {
+                continue;
+            };
+            if own.version() != below.version() {
+                self.survey
+                    .cannot(&node.path, "v1 and v2 images in one chain");
+            } else if own.size_sectors() < below.size_sectors() {
+                let what = format!(
+                    "{} sectors on a parent of {}: one of the sizes is wrong",
+                    own.size_sectors(),
+                    below.size_sectors()
+                );
+                self.survey.cannot(&node.path, what);
+            }
+        }
+        Ok(())
     }
 
     /// The ploop images of the disk, those with most below them first.
@@ -454,13 +502,7 @@ impl Surveyor<'_, '_> {
         let Some(top) = nodes.iter().find(|n| n.guid == d.top) else {
             return Ok(());
         };
-        let planned = self.survey.images.iter().find(|i| i.path == top.path);
-        let planned = planned.and_then(|i| i.changes.as_ref());
-        let planned = planned.and_then(|c| c.header.or(c.geometry));
-        let fields = match planned {
-            Some(bytes) => Some(Fields(bytes)),
-            None => fields_of(self.files.image(&top.path)?.as_ref())?,
-        };
+        let fields = self.header(&top.path)?;
         let Some(size) = fields.map(|f| f.size_sectors()) else {
             return Ok(());
         };

@@ -33,8 +33,10 @@ pub(super) fn slots(
     let mut buf = vec![0; CHUNK as usize];
     while let Some(data) = file.next_data(at, bytes.end)? {
         let mut from = data.start.max(HEADER_BYTES) & !3;
-        while from < data.end {
-            let n = (data.end - from).min(CHUNK) as usize;
+        // A file may end within a slot.
+        let stop = data.end.next_multiple_of(4);
+        while from < stop {
+            let n = (stop - from).min(CHUNK) as usize;
             read_or_zero(file, &mut buf[..n], from)?;
             for (i, raw) in buf[..n].chunks_exact(4).enumerate() {
                 let value = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
@@ -175,6 +177,21 @@ fn settle_entries(
     };
     if wants == has {
         return Ok(Ok(()));
+    }
+    // With a second field that fits nothing, it may be the cluster size that is wrong.
+    let start = u64::from(found.data_offset());
+    let inside = start * SECTOR >= bat_end(wants.min(has)) && start * SECTOR <= len;
+    let on_grid = start != 0 && start.is_multiple_of(cluster_sectors);
+    let fits = match found.version() {
+        Some(Version::V1) => start == 0 || inside,
+        _ => on_grid && inside,
+    };
+    if !fits {
+        return Ok(Err(format!(
+            "{has} BAT entries, a disk of {} sectors in clusters of {cluster_sectors}, and a data \
+             area at sector {start} fit in no way: which of them is wrong cannot be known",
+            found.size_sectors()
+        )));
     }
     fields.set_entries(number);
     let what = format!(
@@ -348,13 +365,16 @@ fn settle_v1(
         true => pointing_into(file, fields, end..field * SECTOR)?,
         false => Vec::new(),
     };
-    // Entries off the grid are single faults as long as they are not most of them.
-    if valid && on_grid && (gap.is_empty() || majority.is_none()) {
-        return Ok(Ok(field * SECTOR));
-    }
-    let r = majority.unwrap_or(0);
+    let r = majority.unwrap_or(if valid { field % cluster } else { 0 });
     let from = end / SECTOR;
     let start = from + (r + cluster - from % cluster) % cluster;
+    // Entries off the grid are single faults as long as they are not most of them.
+    if valid && on_grid && (gap.is_empty() || majority.is_none()) {
+        let empty = start >= field || !holds_anything(file, start * SECTOR..field * SECTOR)?;
+        if empty {
+            return Ok(Ok(field * SECTOR));
+        }
+    }
     if start == field {
         return Ok(Ok(start * SECTOR));
     }

@@ -53,6 +53,8 @@ pub(super) struct Changes {
     pub(super) header: Option<HeaderBytes>,
     /// Where the data area begins.
     pub(super) table_end: u64,
+    /// All of the header in the end.
+    pub(super) fields: Fields,
 }
 
 impl Changes {
@@ -299,6 +301,7 @@ impl Planner<'_> {
             end: self.view.len,
             header: (self.fields.0 != geometry.unwrap_or(self.found.0)).then_some(self.fields.0),
             table_end: header.data_start,
+            fields: self.fields,
         };
         if changes.nothing() && self.notes.steps.is_empty() {
             return Ok(Ok(ImagePlan::default()));

@@ -153,7 +153,11 @@ impl StoreFile for View {
         );
         let copy = self.copies_in(&(from..to)).first();
         found.extend(copy.map(|c| c.to..c.to + c.len));
-        let clipped = found.into_iter().map(|r| r.start.max(from)..r.end.min(to));
+        // Whole words: the file may end within one.
+        let whole = found
+            .into_iter()
+            .map(|r| r.start..r.end.next_multiple_of(4));
+        let clipped = whole.map(|r| r.start.max(from)..r.end.min(to));
         Ok(clipped
             .filter(|r| !r.is_empty())
             .min_by_key(|r| (r.start, u64::MAX - r.end)))
