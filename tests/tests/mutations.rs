@@ -7,10 +7,9 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fsck::Class;
@@ -18,33 +17,13 @@ use fsck::repair::{self, How, Outcome, Plan};
 use ploop::descriptor::Guid;
 use ploop::disk::open::{OpenOptions, Opener};
 use ploop::store::memory::MemoryStore;
-use ploop::store::{Access, EntryKind, Store};
 use ploop_tests::crash::env;
 use ploop_tests::damage::guest::{Reading, read};
-use ploop_tests::damage::state::digest;
+use ploop_tests::damage::state::files;
 use ploop_tests::damage::{Base, bases, damaged};
 
 /// Failing seeds after which a run ends.
 const FAILURES_MAX: usize = 10;
-
-/// Length and digest of every file.
-fn files(store: &MemoryStore) -> BTreeMap<PathBuf, (u64, String)> {
-    let mut out = BTreeMap::new();
-    let mut todo = vec![PathBuf::from("/d")];
-    while let Some(dir) = todo.pop() {
-        for name in store.list(&dir).unwrap() {
-            let path = dir.join(name);
-            match store.kind(&path).unwrap() {
-                Some(EntryKind::Dir) => todo.push(path),
-                _ => {
-                    let file = store.open(&path, Access::Read).unwrap();
-                    out.insert(path, (file.len().unwrap(), digest(file.as_ref())));
-                }
-            }
-        }
-    }
-    out
-}
 
 fn opener(store: &MemoryStore) -> Opener {
     Opener::on(Arc::new(store.clone()))

@@ -25,13 +25,14 @@ static ALONE: Mutex<()> = Mutex::new(());
 const NOT_YET: &[(&str, &str)] = &[
     ("430-too-few-entries", ASKS),
     ("432-too-many-entries-used", ASKS),
+    ("433-size-zero", ASKS),
     (
         "450-chain-version-mismatch",
         "repair does not convert: `ploop convert` reads no such chain either",
     ),
 ];
-const ASKS: &str = "done with -y only: entries begin or cease to count, and what guests read with \
-                    them, or a cluster, is at stake";
+const ASKS: &str = "done with -y only: entries begin or cease to count, and with them what guests \
+                    read";
 
 /// Cases that QEMU finds something in after repair, and why that is right.
 const NOT_QEMU: &[(&str, &str)] = &[];
@@ -90,9 +91,6 @@ impl Bench {
             }
             let read = || -> ploop::Result<(Option<String>, String)> {
                 let disk = Opener::host().open(&source, &self.options())?;
-                if disk.size() == 0 {
-                    return Err(ploop::Error::invalid("no byte can be read"));
-                }
                 let full = match disk.size() <= 1 << 28 {
                     true => Some(corpus::full_digest(&disk)?),
                     false => None,

@@ -158,9 +158,13 @@ fn settle_entries(
             return Ok(Err(what));
         }
         fields.set_size_sectors(size);
-        notes.sure(format!(
-            "the disk's size is 0: set it to {size} sectors, what the {has} BAT entries are for"
-        ));
+        // Where there are images below or above, what shows of them changes, too.
+        notes.doubtful(
+            format!(
+                "the disk's size is 0: set it to {size} sectors, what the {has} BAT entries are for"
+            ),
+            vec![0..size * SECTOR],
+        );
         return Ok(Ok(()));
     }
     let wants = found.size_sectors().div_ceil(cluster_sectors);

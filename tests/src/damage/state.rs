@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ploop::store::{Access, RealStore, StoreFile, read_or_zero};
+use ploop::store::memory::MemoryStore;
+use ploop::store::{Access, EntryKind, RealStore, Store, StoreFile, read_or_zero};
 use sha2::{Digest, Sha256};
 
 use crate::corpus::hex;
@@ -45,6 +46,25 @@ pub fn state(dir: &Path) -> State {
             } else if meta.is_file() && !path.ends_with(".ploop/lock") {
                 let file = store.open(&path, Access::Read).unwrap();
                 out.insert(path, (meta.len(), digest(file.as_ref())));
+            }
+        }
+    }
+    out
+}
+
+/// The same of `/d` in a store in memory.
+pub fn files(store: &MemoryStore) -> State {
+    let mut out = State::new();
+    let mut todo = vec![PathBuf::from("/d")];
+    while let Some(dir) = todo.pop() {
+        for name in store.list(&dir).unwrap() {
+            let path = dir.join(name);
+            match store.kind(&path).unwrap() {
+                Some(EntryKind::Dir) => todo.push(path),
+                _ => {
+                    let file = store.open(&path, Access::Read).unwrap();
+                    out.insert(path, (file.len().unwrap(), digest(file.as_ref())));
+                }
             }
         }
     }
