@@ -19,7 +19,7 @@ use ploop::format::ploop::header::{
     FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, IN_USE_CLOSED, IN_USE_DIRTY, Unchecked,
 };
 use ploop::store::{SECTOR, StoreFile};
-use ploop::verify::{Class, FindingKind, ImageScan, scan_image};
+use ploop::verify::{Class, FindingKind, ImageScan, check_image};
 
 use super::Step;
 use super::entries::{self, Table};
@@ -324,7 +324,7 @@ impl Planner<'_> {
     }
 
     fn scan(&self) -> Result<Result<ImageScan, Refusal>> {
-        match scan_image(&self.view) {
+        match check_image(&self.view) {
             Ok(scan) => Ok(Ok(scan)),
             Err(e) if e.kind() == ploop::Kind::Corrupt => Ok(Err(e.what().to_owned())),
             Err(e) => Err(e),

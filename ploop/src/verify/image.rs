@@ -262,7 +262,9 @@ impl Scanner<'_> {
         let len = self.scan.file_len;
         let data = len.saturating_sub(h.data_start);
         // Clusters of a valid extension belong to nobody's entry, and are no leak.
-        let unknown = held.is_none() && extension::in_force(h) && h.extension_sector * SECTOR < len;
+        let unknown = held.is_none()
+            && extension::in_force(h)
+            && h.extension_sector.saturating_mul(SECTOR) < len;
         let with = held.map(|held| self.scan.used.with(held));
         let used = with.as_ref().unwrap_or(&self.scan.used);
         let (end, count) = (used.end(), used.count());
