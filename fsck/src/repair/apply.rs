@@ -17,18 +17,19 @@
 //! last. Cut anywhere, the undo file takes it back, and a repair begun anew ends like the first.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ploop::descriptor::Guid;
 use ploop::disk::open::Opener;
 use ploop::store::{Access, SECTOR, Store, StoreFile, read_or_zero};
 use ploop::{Error, Kind, Result};
 
-use super::disk::{SIDE, Survey, survey};
+use super::changes::Changes;
+use super::disk::{Survey, survey};
 use super::fields::HeaderBytes;
 use super::files::Files;
-use super::image::Changes;
+use super::names::{put_away, replace, still_free, undo_name};
 use super::record::{PIECE, Record, Writer};
 use super::save::save;
 use super::view::View;
@@ -221,58 +222,6 @@ fn same(plan: &Plan, now: &Survey) -> Result<()> {
     }
 }
 
-fn still_free(store: &dyn Store, step: &Move) -> Result<()> {
-    let there = store.kind(&step.from)? == Some(ploop::store::EntryKind::File);
-    let free = store.kind(&step.to)?.is_none();
-    match there && free {
-        true => Ok(()),
-        false => Err(
-            Error::invalid("it was changed since the repair was planned")
-                .on(&step.from)
-                .fix("Plan again"),
-        ),
-    }
-}
-
-/// A free name for the undo file.
-fn undo_name(store: &dyn Store, plan: &Plan, real: &Path) -> Result<PathBuf> {
-    let name = real.file_name().unwrap_or_default().to_os_string();
-    let dir = match plan.source.descriptor {
-        true => {
-            let side = plan.root.join(SIDE);
-            make_dir(store, &side)?;
-            side
-        }
-        false => plan.root.clone(),
-    };
-    let mut number = 0u32;
-    loop {
-        let mut name = name.clone();
-        match number {
-            0 => name.push(".undo"),
-            n => name.push(format!(".undo.{n}")),
-        }
-        let path = dir.join(name);
-        if store.kind(&path)?.is_none() {
-            return Ok(path);
-        }
-        number += 1;
-    }
-}
-
-fn make_dir(store: &dyn Store, dir: &Path) -> Result<()> {
-    match store.create_dir(dir) {
-        Err(e) if e.kind() == Kind::Exists => {
-            match store.kind(dir)? == Some(ploop::store::EntryKind::Dir) {
-                true => Ok(()),
-                false => Err(Error::new(Kind::Permission, "must be a directory").on(dir)),
-            }
-        }
-        Err(e) => Err(e),
-        Ok(()) => store.sync_dir(dir.parent().unwrap_or(Path::new("/"))),
-    }
-}
-
 fn relative<'a>(plan: &Plan, path: &'a Path) -> Result<&'a Path> {
     path.strip_prefix(&plan.root)
         .map_err(|_| Error::new(Kind::Permission, "outside of the disk's directory").on(path))
@@ -370,24 +319,35 @@ impl Patient<'_> {
 
     fn copy(&self) -> Result<()> {
         let file = self.file.as_ref();
-        let mut buf = vec![0; PIECE];
         for copy in &self.changes.copies {
-            let mut done = 0;
-            while done < copy.len {
-                let n = (copy.len - done).min(PIECE as u64);
-                let piece = &mut buf[..n as usize];
-                read_or_zero(file, piece, copy.from + done)?;
-                let to = copy.to + done;
-                if to < self.changes.len || piece.iter().any(|&b| b != 0) {
-                    file.write_at(piece, to)?;
-                }
-                done += n;
-            }
+            // Behind the old end there are zeros already.
+            let old = self.changes.len.saturating_sub(copy.to).min(copy.len);
+            self.copy_part(copy.from..copy.from + old, copy.to, true)?;
+            self.copy_part(copy.from + old..copy.from + copy.len, copy.to + old, false)?;
         }
         match self.changes.copies.is_empty() {
             true => Ok(()),
             false => file.sync(),
         }
+    }
+
+    fn copy_part(&self, from: Range<u64>, to: u64, zeros: bool) -> Result<()> {
+        let file = self.file.as_ref();
+        let mut buf = vec![0; PIECE];
+        let mut at = from.start;
+        while at < from.end {
+            let data = match zeros {
+                true => Some(at..from.end),
+                false => file.next_data(at, from.end)?,
+            };
+            let Some(data) = data else { break };
+            let n = (data.end - data.start).min(PIECE as u64);
+            let piece = &mut buf[..n as usize];
+            read_or_zero(file, piece, data.start)?;
+            file.write_at(piece, to + (data.start - from.start))?;
+            at = data.start + n;
+        }
+        Ok(())
     }
 
     fn cut(&self, now: u64) -> Result<()> {
@@ -427,41 +387,4 @@ fn write_entries(file: &dyn StoreFile, entries: &[(u64, u32)]) -> Result<()> {
         true => Ok(()),
         false => file.sync(),
     }
-}
-
-fn put_away(store: &dyn Store, plan: &Plan, moves: &[&Move]) -> Result<()> {
-    if moves.is_empty() {
-        return Ok(());
-    }
-    let mut dirs = BTreeSet::new();
-    for step in moves {
-        let to = step.to.parent().unwrap_or(&plan.root);
-        make_dir(store, &plan.root.join(SIDE))?;
-        make_dir(store, to)?;
-        store.rename_new(&step.from, &step.to)?;
-        dirs.insert(to);
-        dirs.extend(step.from.parent());
-    }
-    dirs.iter().try_for_each(|dir| store.sync_dir(dir))
-}
-
-/// Puts `bytes` in the place of the file at `path`, in one step.
-pub(super) fn replace(store: &dyn Store, path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".tmp-{}", plain(Guid::new_v4())));
-    let temporary = PathBuf::from(temporary);
-    let written = store.create(&temporary, 0o600).and_then(|file| {
-        file.write_at(bytes, 0)?;
-        file.sync()
-    });
-    let renamed = written.and_then(|()| store.rename(&temporary, path));
-    if let Err(e) = renamed {
-        drop(store.remove_file(&temporary));
-        return Err(e);
-    }
-    store.sync_dir(path.parent().unwrap_or(Path::new("/")))
-}
-
-fn plain(guid: Guid) -> String {
-    guid.to_string().trim_matches(['{', '}']).to_owned()
 }

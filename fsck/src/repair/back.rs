@@ -23,8 +23,8 @@ use ploop::locks::{Use, lock_image};
 use ploop::store::{Access, EntryKind, Store, StoreFile, read_or_zero};
 use ploop::{Error, Kind, Result};
 
-use super::apply::replace;
 use super::disk::{LOST, SIDE};
+use super::names::{forget_new, replace};
 use super::record::{Reader, Record};
 use super::save::rest_of_table;
 
@@ -322,6 +322,7 @@ fn restore(
             }
             Record::Replace { name, old, .. } => {
                 let path = scope.root.join(name);
+                forget_new(store, &path)?;
                 if contents(store, &path, old.len())?.as_ref() != Some(&old) {
                     replace(store, &path, &old)?;
                 }

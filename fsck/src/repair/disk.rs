@@ -15,30 +15,19 @@ use ploop::disk::open::{MERGING, Opener};
 use ploop::format::ploop::delta::read_header;
 use ploop::format::ploop::header::{FLAG_CONVERTING, HEADER_BYTES, IN_USE_DIRTY};
 use ploop::format::ploop::journal::{self, Home};
-use ploop::store::{Access, EntryKind, Store, StoreFile, read_exact};
-use ploop::verify::{Class, scan_image};
+use ploop::store::{Access, EntryKind, StoreFile, read_exact};
+use ploop::verify::scan_image;
 use ploop::{Kind, Result};
 
+use super::changes::{Changes, Notes};
 use super::fields::{Fields, HeaderBytes};
 use super::files::Files;
-use super::geometry::push;
-use super::image::{self, Backup, Changes, Notes};
+use super::image::{self, Backup};
+use super::leftovers::free_place;
+use super::slots::push;
+use super::tree::Tree;
 use super::{Move, Plan, Remark, Step};
 
-/// Findings about how images fit together: nothing in one of them is wrong.
-const BETWEEN: &[&str] = &[
-    "cluster-size-mismatch",
-    "version-mismatch",
-    "child-smaller-than-parent",
-    "duplicate-file",
-    "path-outside",
-    "bad-path",
-    "missing-file",
-];
-/// A longer file is no side metadata.
-const META_MAX: u64 = 16 << 20;
-/// Nodes named of one step, at most: OpenVZ's tool has no more in a chain.
-const READERS_MAX: usize = 128;
 /// Where files go that nothing names.
 pub(super) const LOST: &str = "lost+found";
 /// Our own directory in a disk's.
@@ -53,7 +42,7 @@ pub(super) struct Survey {
     pub(super) moves: Vec<Move>,
     pub(super) descriptor: Option<Rewrite>,
     /// Every image that was looked into.
-    seen: HashSet<PathBuf>,
+    pub(super) seen: HashSet<PathBuf>,
 }
 
 /// One image.
@@ -161,52 +150,6 @@ struct Node {
     path: PathBuf,
     /// Images below it.
     depth: usize,
-}
-
-/// The tree of a descriptor, for looking things up.
-struct Tree {
-    parents: HashMap<Guid, Guid>,
-    children: HashMap<Guid, Vec<Guid>>,
-}
-
-impl Tree {
-    fn of(d: &Descriptor) -> Tree {
-        let parents: HashMap<Guid, Guid> = d.shots.iter().map(|s| (s.guid, s.parent)).collect();
-        let mut children: HashMap<Guid, Vec<Guid>> = HashMap::new();
-        for shot in &d.shots {
-            children.entry(shot.parent).or_default().push(shot.guid);
-        }
-        Tree { parents, children }
-    }
-
-    /// Nodes from every one of `d` to its base. The descriptor has no cycle.
-    fn depths(&self) -> HashMap<Guid, usize> {
-        let mut depths = HashMap::new();
-        let base = |g: &Guid| !self.parents.contains_key(&self.parents[g]);
-        let mut todo: Vec<(Guid, usize)> = self
-            .parents
-            .keys()
-            .filter(|g| base(g))
-            .map(|g| (*g, 0))
-            .collect();
-        while let Some((guid, depth)) = todo.pop() {
-            depths.insert(guid, depth);
-            let above = self.children.get(&guid).into_iter().flatten();
-            todo.extend(above.map(|g| (*g, depth + 1)));
-        }
-        depths
-    }
-
-    /// The nodes whose chain `guid` is in, itself first; [`READERS_MAX`] at most.
-    fn readers(&self, guid: Guid) -> Vec<Guid> {
-        let (mut out, mut next) = (vec![guid], 0);
-        while next < out.len() && out.len() < READERS_MAX {
-            out.extend(self.children.get(&out[next]).into_iter().flatten());
-            next += 1;
-        }
-        out.truncate(READERS_MAX);
-        out
-    }
 }
 
 /// What the journal of an image is worth.
@@ -548,100 +491,4 @@ fn put_back(file: &Arc<dyn StoreFile>, backup: &Backup, converting: bool) -> Res
         (Some(now), Some(before)) => converting && now.version() != before.version(),
         _ => false,
     })
-}
-
-/// A name in `lost+found` that is free and in none of `taken`.
-fn free_place(store: &dyn Store, root: &Path, path: &Path, taken: &[Move]) -> Result<PathBuf> {
-    let dir = root.join(SIDE).join(LOST);
-    let name = path.file_name().unwrap_or_default();
-    let mut number = 0u32;
-    loop {
-        let mut name = name.to_os_string();
-        if number > 0 {
-            name.push(format!(".{number}"));
-        }
-        let to = dir.join(name);
-        if taken.iter().all(|m| m.to != to) && store.kind(&to)?.is_none() {
-            return Ok(to);
-        }
-        number += 1;
-    }
-}
-
-/// What the checker finds of the disk beyond its images: leftovers, and what cannot be repaired.
-pub(super) fn leftovers(opener: &Opener, plan: &mut Plan) -> Result<()> {
-    let report = crate::check(opener, &plan.source, &plan.options)?;
-    let kept = swept_by_us(opener.store().as_ref(), &plan.root)?;
-    let images: HashSet<PathBuf> = plan.survey.images.iter().map(|i| i.path.clone()).collect();
-    let mut moved: HashSet<PathBuf> = plan.survey.moves.iter().map(|m| m.from.clone()).collect();
-    for finding in &report.findings {
-        let (kind, file) = (finding.kind, &finding.file);
-        let remark = |what: String| Remark {
-            file: file.clone(),
-            what,
-        };
-        let idx = kind == "conversion-interrupted" && file.extension().is_some_and(|e| e == "idx");
-        if kind == "orphan-file" || idx {
-            if !moved.insert(file.clone()) {
-                continue;
-            }
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            if kept.contains(name.as_ref()) {
-                let what = "an operation of ours left it: the next one on the disk removes it";
-                plan.left.push(remark(what.into()));
-                continue;
-            }
-            let taken = [&plan.survey.moves[..], &plan.moves[..]].concat();
-            let step = Move {
-                to: free_place(opener.store().as_ref(), &plan.root, file, &taken)?,
-                from: file.clone(),
-                with: None,
-                automatic: false,
-            };
-            plan.steps.push(step.step());
-            plan.moves.push(step);
-        } else if kind == "interrupted-merge" {
-            let what = format!(
-                "{}: the next `ploop snapshot delete` or `ploop snapshot merge` of the disk \
-                 finishes it",
-                finding.what
-            );
-            plan.left.push(remark(what));
-        } else if finding.class == Class::Corrupt && !kind.starts_with("journal") {
-            // What is wrong inside of an image was planned for, or refused, by its survey.
-            let between = BETWEEN.contains(&kind);
-            let inside = plan.survey.seen.contains(file) || images.contains(file);
-            let stale = plan.survey.descriptor.as_ref();
-            let stale = stale.is_some_and(|r| r.path == *file) && kind.contains("size");
-            let said = plan.unrepairable.iter().any(|r| r.file == *file);
-            if between || !inside && !stale {
-                match said {
-                    true => {}
-                    false => plan.unrepairable.push(remark(finding.what.clone())),
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Files that operations of ours made and may leave; they sweep them.
-fn swept_by_us(store: &dyn Store, root: &Path) -> Result<HashSet<String>> {
-    let path = root.join(SIDE).join("meta.json");
-    if store.kind(&path)? != Some(EntryKind::File) {
-        return Ok(HashSet::new());
-    }
-    let file = store.open(&path, Access::Read)?;
-    let len = file.len()?;
-    if len > META_MAX {
-        return Ok(HashSet::new());
-    }
-    let mut bytes = vec![0; len as usize];
-    read_exact(file.as_ref(), &mut bytes, 0)?;
-    let value: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
-    let files = value["files"].as_array().cloned().unwrap_or_default();
-    Ok(files
-        .iter()
-        .filter_map(|f| f.as_str().map(str::to_owned))
-        .collect())
 }

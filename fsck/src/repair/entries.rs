@@ -8,9 +8,9 @@ use ploop::format::ploop::delta::{EntryFault, judge};
 use ploop::format::ploop::header::HEADER_BYTES;
 use ploop::store::StoreFile;
 
+use super::changes::Notes;
 use super::fields::Fields;
-use super::geometry::{push, slots};
-use super::image::Notes;
+use super::slots::{push, slots};
 
 /// An entry and where its cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -152,11 +152,12 @@ impl Table {
             );
             notes.losing(what, self.lost.clone());
         }
+        let copied = self.homeless.len() as u64 * cluster;
         if !self.shared.is_empty() {
             let n = count(&self.shared);
             let what = format!(
-                "{n} BAT entries share clusters: give all but the first of each a copy. One of \
-                 them is right at most"
+                "{n} BAT entries share clusters: give all but the first of each a copy ({copied} bytes \
+                 in all). One of them is right at most"
             );
             notes.doubtful(what, self.shared.clone());
         }

@@ -20,14 +20,19 @@
 
 mod apply;
 mod back;
+mod changes;
 mod disk;
 mod entries;
 mod fields;
 mod files;
 mod geometry;
 mod image;
+mod leftovers;
+mod names;
 mod record;
 mod save;
+mod slots;
+mod tree;
 mod view;
 
 use std::ops::Range;
@@ -165,7 +170,7 @@ pub fn plan(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<P
     plan.unrepairable = plan.survey.unrepairable.clone();
     plan.left = plan.survey.left.clone();
     if source.descriptor {
-        disk::leftovers(opener, &mut plan)?;
+        leftovers::look(opener, &mut plan)?;
     }
     if !plan.unrepairable.is_empty() {
         plan.steps.clear();

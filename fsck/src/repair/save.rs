@@ -8,7 +8,7 @@ use ploop::Result;
 use ploop::format::ploop::header::HEADER_BYTES;
 use ploop::store::{SECTOR, StoreFile, read_or_zero};
 
-use super::image::Changes;
+use super::changes::Changes;
 use super::record::{PIECE, Record, Writer};
 use super::view::View;
 
