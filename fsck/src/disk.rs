@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  1  the descriptor                    a parser's refusal is the finding
+//!     what it says beside the tree      size, geometry, how many images
 //!  2  each image on its own             named inside the disk, there, an image, whole
 //!  3  each image against its parent     cluster, version, size
 //!  4  parent volumes: 1–3 for the chain that this disk hangs on
@@ -13,17 +14,18 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use ploop::descriptor::{Descriptor, Guid, Image, Temporary};
-use ploop::disk::open::{DESCRIPTOR, OpenOptions, Opener, Source};
+use ploop::disk::open::{DESCRIPTOR, MERGING, OpenOptions, Opener, Source};
 use ploop::format::ploop::Header;
 use ploop::format::ploop::header::FLAG_CONVERTING;
 use ploop::locks::{Use, lock_image};
-use ploop::store::{Access, FileId};
+use ploop::store::{Access, EntryKind, FileId, SECTOR};
 use ploop::verify::Class;
 use ploop::{Error, Kind, Result};
 
+use crate::family::Family;
 use crate::names::{confined, leftovers};
-use crate::report::Findings;
-use crate::{image, journal};
+use crate::report::{Finding, Findings};
+use crate::{descriptor, image, journal};
 
 /// Volumes above each other, at most.
 const VOLUMES_MAX: usize = 256;
@@ -38,6 +40,11 @@ struct Checker<'a> {
     ids: HashMap<FileId, PathBuf>,
     /// The cluster that the source's descriptor asks for.
     cluster_sectors: u32,
+    /// Who reads which image of the source's descriptor.
+    family: Family,
+    /// The source's top, and its size, once it was looked at.
+    top: Guid,
+    top_sectors: Option<u64>,
 }
 
 pub(crate) fn check(
@@ -52,11 +59,12 @@ pub(crate) fn check(
     let d = match opener.read_descriptor(&xml) {
         Ok(d) => d,
         Err(e) if e.kind() == Kind::Corrupt => {
-            found.corrupt("unreadable", &xml, &e);
+            found.corrupt(descriptor::defect(&e), &xml, &e);
             return Ok(());
         }
         Err(e) => return Err(e),
     };
+    descriptor::too_long(&d, &xml, found);
     let mut allowed = vec![dir.clone()];
     for a in &options.allow {
         allowed.push(store.resolve(a)?);
@@ -68,12 +76,18 @@ pub(crate) fn check(
         known: HashSet::from([xml.clone()]),
         ids: HashMap::new(),
         cluster_sectors: d.cluster_sectors,
+        family: Family::of(&d),
+        top: d.top,
+        top_sectors: None,
     };
     let all: Vec<&Image> = d.images.iter().collect();
-    let headers = checker.images(&d, &dir, &all)?;
+    let headers = checker.images(&d, &dir, &all, false)?;
     checker.parents(&d, &dir, &headers);
     checker.volumes(&d, &dir, &headers)?;
-    let merging = checker.marks(&d, &xml);
+    if let Some(sectors) = checker.top_sectors {
+        descriptor::stale(&d, &xml, sectors, checker.found);
+    }
+    let merging = checker.marks(&d, &xml) | checker.merges(&d, &dir)?;
     leftovers(store.as_ref(), &dir, &checker.known, merging, checker.found)?;
     open_top(opener, source, options, found)
 }
@@ -81,24 +95,51 @@ pub(crate) fn check(
 type Headers = HashMap<Guid, Header>;
 
 impl Checker<'_> {
-    /// Checks `images`, each on its own; gives the usable headers.
-    fn images(&mut self, d: &Descriptor, dir: &Path, images: &[&Image]) -> Result<Headers> {
+    /// Checks `images`, each on its own; gives the usable headers. `outer` are those of a parent
+    /// volume.
+    fn images(
+        &mut self,
+        d: &Descriptor,
+        dir: &Path,
+        images: &[&Image],
+        outer: bool,
+    ) -> Result<Headers> {
         let mut headers = Headers::new();
         for image in images {
+            let before = self.found.len();
             let named = dir.join(&image.file);
             let raw = d.base_is_raw() && d.shot(image.guid).is_some_and(|s| s.parent == Guid::NONE);
-            match self.image(&named, raw) {
+            let is_top = !outer && image.guid == self.top;
+            match self.image(&named, raw, is_top) {
                 Ok(Some(header)) => {
                     headers.insert(image.guid, header);
                 }
                 Ok(None) => {}
                 Err(e) => self.unopened(&named, e)?,
             }
+            self.owned(before, (!outer).then_some(image.guid));
+            for f in self.found.since(before) {
+                if f.kind == "in-use" && !is_top {
+                    f.what += "; it lies below others, and OpenVZ's tool merges nothing into it";
+                }
+            }
         }
         Ok(headers)
     }
 
-    fn image(&mut self, named: &Path, raw: bool) -> Result<Option<Header>> {
+    /// The findings from number `first` on are about the image of `guid`, or a parent volume's.
+    fn owned(&mut self, first: usize, guid: Option<Guid>) {
+        let found = self.found.since(first);
+        if found.is_empty() {
+            return;
+        }
+        let owners = self.family.owners(guid);
+        for f in found {
+            f.snapshots = owners.clone();
+        }
+    }
+
+    fn image(&mut self, named: &Path, raw: bool, is_top: bool) -> Result<Option<Header>> {
         let store = self.opener.store();
         let real = confined(store.as_ref(), named, &self.allowed)?;
         let file = store.open(&real, Access::Read)?;
@@ -110,12 +151,23 @@ impl Checker<'_> {
         }
         lock_image(file.as_ref(), Use::Read)?;
         if raw {
+            let (len, cluster) = (file.len()?, u64::from(self.cluster_sectors) * SECTOR);
+            if !len.is_multiple_of(cluster) {
+                let what = format!("{len} bytes in clusters of {cluster}");
+                self.found.file("base-length", Class::Clean, &real, what);
+            }
+            if is_top {
+                self.top_sectors = Some(len.div_ceil(SECTOR));
+            }
             return Ok(None);
         }
         image::check_backup(store.as_ref(), &real, self.found)?;
         let Some(header) = image::check(file.as_ref(), self.found)? else {
             return Ok(None);
         };
+        if is_top {
+            self.top_sectors = Some(header.size_sectors);
+        }
         journal::check(store, &real, file.as_ref(), &header, self.found)?;
         if header.cluster_sectors != self.cluster_sectors {
             let what = format!(
@@ -153,7 +205,9 @@ impl Checker<'_> {
                 (headers.get(&shot.guid), headers.get(&shot.parent))
                 && let Some(image) = d.image(shot.guid)
             {
+                let before = self.found.len();
                 self.pair(&dir.join(&image.file), child, parent);
+                self.owned(before, Some(shot.guid));
             }
         }
     }
@@ -189,6 +243,10 @@ impl Checker<'_> {
             let up = confined(self.opener.store().as_ref(), &named, &self.allowed);
             let next = match up {
                 Ok(next) => next,
+                Err(e) if e.kind() == Kind::NotFound => {
+                    self.found.corrupt("unknown-parent", &xml, &e);
+                    return Ok(());
+                }
                 Err(e) => return self.unopened(&named, e),
             };
             if seen.contains(&next) || seen.len() == VOLUMES_MAX {
@@ -205,7 +263,7 @@ impl Checker<'_> {
                 self.found.corrupt("unknown-parent", &xml, &e);
                 return Ok(());
             };
-            let below = self.images(&above, &next, &chain)?;
+            let below = self.images(&above, &next, &chain, true)?;
             self.parents(&above, &next, &below);
             // The node of this volume that hangs on `outer` is the first of its chain.
             let first = d.chain(node)?.first().map(|i| (i.guid, i.file.clone()));
@@ -239,6 +297,33 @@ impl Checker<'_> {
             self.found.file(kind, class, xml, what);
         }
         d.shots.iter().any(|s| s.temporary != Temporary::No)
+    }
+
+    /// Merges of ours that were begun and not finished; true when there is one.
+    fn merges(&mut self, d: &Descriptor, dir: &Path) -> Result<bool> {
+        let side = dir.join(".ploop");
+        let store = self.opener.store();
+        if store.kind(&side)? != Some(EntryKind::Dir) {
+            return Ok(false);
+        }
+        let mut any = false;
+        for name in store.list(&side)? {
+            let text = name.to_string_lossy();
+            let guid = text.strip_prefix(MERGING).map(Guid::parse);
+            // The mark of a node that is gone is left of a merge that was finished.
+            if let Some(Ok(guid)) = guid
+                && d.shot(guid).is_some()
+            {
+                let what = format!("the merge of snapshot {guid} was not finished");
+                let file = side.join(&name);
+                self.found.add(Finding {
+                    snapshots: self.family.owners(Some(guid)),
+                    ..Finding::new("interrupted-merge", Class::Dirty, &file, what)
+                });
+                any = true;
+            }
+        }
+        Ok(any)
     }
 }
 

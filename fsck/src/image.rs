@@ -6,17 +6,20 @@ use std::path::Path;
 use ploop::format::ploop::Header;
 use ploop::format::ploop::header::HEADER_BYTES;
 use ploop::store::{EntryKind, Store, StoreFile};
-use ploop::verify::{Class, FindingKind, scan_image};
+use ploop::verify::{self, Class, FindingKind, check_image, explain_header};
 use ploop::{Error, Kind, Result};
 
 use crate::report::{Finding, Findings};
 
 /// Checks the image; `None` when its header cannot be used. The file is open and locked.
 pub(crate) fn check(file: &dyn StoreFile, found: &mut Findings) -> Result<Option<Header>> {
-    let scan = match scan_image(file) {
+    let scan = match check_image(file) {
         Ok(scan) => scan,
         Err(e) if e.kind() == Kind::Corrupt => {
             found.corrupt(header_kind(&e, file.len()?), file.path(), &e);
+            for f in explain_header(file)? {
+                add(f, found);
+            }
             return Ok(None);
         }
         Err(e) => return Err(e),
@@ -32,16 +35,18 @@ pub(crate) fn check(file: &dyn StoreFile, found: &mut Findings) -> Result<Option
         if mixed && !marks.contains(&f.kind) {
             continue;
         }
-        found.add(Finding {
-            kind: f.kind.name(),
-            class: class(f.kind),
-            file: f.path,
-            offset: f.offset,
-            guest: f.guest,
-            what: f.what,
-        });
+        add(f, found);
     }
     Ok(Some(scan.header))
+}
+
+fn add(f: verify::Finding, found: &mut Findings) {
+    found.add(Finding {
+        offset: f.offset,
+        cluster: f.cluster,
+        guest: f.guest,
+        ..Finding::new(f.kind.name(), class(f.kind), &f.path, f.what)
+    });
 }
 
 /// How bad a finding is to the image's owner. Free clusters between others are noted and no worse:

@@ -59,23 +59,13 @@ pub(crate) fn check(
                  clusters is lost unless the image is put back as it was",
                 e.what()
             );
-            found.add(Finding {
-                kind: "journal-foreign",
-                class: Class::Corrupt,
-                file: home.path().to_path_buf(),
-                offset: 0,
-                guest: None,
-                what,
-            });
+            found.file("journal-foreign", Class::Corrupt, home.path(), what);
             let more = ranges.len().saturating_sub(RANGES_MAX);
             for range in ranges.into_iter().take(RANGES_MAX) {
+                let what = format!("guest bytes {}..{} are in it", range.start, range.end);
                 found.add(Finding {
-                    kind: "journal-holds",
-                    class: Class::Corrupt,
-                    file: home.path().to_path_buf(),
-                    offset: 0,
-                    what: format!("guest bytes {}..{} are in it", range.start, range.end),
                     guest: Some(range),
+                    ..Finding::new("journal-holds", Class::Corrupt, home.path(), what)
                 });
             }
             if more > 0 {

@@ -14,16 +14,20 @@
 //! * `Unsupported`: sound, as far as one can tell, but not to be judged here; says what it is;
 //! * any other error: it could not be looked at (not there, in use, an I/O error).
 //!
-//! Not looked at: the checksum and content of format extensions, the refcounts of qcow2, the file
-//! system inside. A class of clean is about the tables, headers and descriptor only.
+//! FINDINGS.md has the JSON and every kind of finding; [`kinds`] is the same table for programs.
+//! Not looked at: the content of clusters, and the file system inside.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod descriptor;
 mod disk;
+mod family;
 mod image;
 mod journal;
+pub mod kinds;
 mod names;
 mod qcow2;
+pub mod repair;
 mod report;
 
 use ploop::disk::open::{Format, OpenOptions, Opener, Source};
@@ -33,7 +37,7 @@ use ploop::store::Access;
 use ploop::{Error, Result};
 
 pub use ploop::verify::Class;
-pub use report::{FINDINGS_MAX, Finding, Report};
+pub use report::{FINDINGS_MAX, Finding, Owners, Report, SNAPSHOTS_MAX};
 
 use report::Findings;
 

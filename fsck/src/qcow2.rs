@@ -1,11 +1,11 @@
-//! A qcow2 image and the files below it: headers, tables, in-use bit. No refcounts.
+//! A qcow2 image and the files below it: headers, tables, in-use bit, refcounts.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ploop::disk::open::OpenOptions;
-use ploop::format::qcow2::{BackingFormat, Qcow2Delta, open_chain};
+use ploop::format::qcow2::{AuditKind, BackingFormat, Qcow2Delta, open_chain};
 use ploop::format::{Delta, Place, Run};
 use ploop::locks::{Use, lock_image};
 use ploop::store::{Access, Store, StoreFile};
@@ -70,6 +70,7 @@ fn header_kind(e: &Error) -> &'static str {
         _ if e.what().starts_with("the file ends inside the header") => "header-truncated",
         Some(72) => "corrupt-bit",
         Some(0) => "bad-signature",
+        Some(24) => "size-overflow",
         Some(8) => "bad-path",
         Some(20) => "bad-cluster-size",
         Some(36) => "entry-count-mismatch",
@@ -81,13 +82,10 @@ fn header_kind(e: &Error) -> &'static str {
 fn check_one(file: &Arc<dyn StoreFile>, found: &mut Findings) -> Result<Option<BackingFormat>> {
     let delta = Qcow2Delta::open(file.clone())?;
     if delta.is_dirty() {
+        let what = "the image was not closed cleanly (dirty bit): its refcounts may be wrong";
         found.add(Finding {
-            kind: "in-use",
-            class: Class::Dirty,
-            file: file.path().to_path_buf(),
             offset: 72,
-            guest: None,
-            what: "the image was not closed cleanly (dirty bit): its refcounts may be wrong".into(),
+            ..Finding::new("in-use", Class::Dirty, file.path(), what.into())
         });
     }
     let cluster = delta.cluster_bytes();
@@ -108,8 +106,36 @@ fn check_one(file: &Arc<dyn StoreFile>, found: &mut Findings) -> Result<Option<B
         }
         at = end;
     }
-    overlaps(file.path(), used, found);
+    overlaps(file.path(), cluster, used, found);
+    audit(&delta, found)?;
     Ok(delta.backing().and_then(|b| b.format))
+}
+
+/// Refcounts, internal snapshots, bitmaps.
+fn audit(delta: &Qcow2Delta, found: &mut Findings) -> Result<()> {
+    let dirty = delta.is_dirty();
+    delta.audit(&mut |f| {
+        let (kind, class) = match f.kind {
+            AuditKind::BadRefcountTable => ("bad-refcount-table", Class::Corrupt),
+            // What an image that was not closed counts is known to be old.
+            AuditKind::RefcountTooLow if dirty => ("refcount-too-low", Class::Dirty),
+            AuditKind::CopiedFlag if dirty => ("copied-flag", Class::Dirty),
+            AuditKind::RefcountTooLow => ("refcount-too-low", Class::Corrupt),
+            AuditKind::CopiedFlag => ("copied-flag", Class::Corrupt),
+            AuditKind::RefcountTooHigh => ("refcount-too-high", Class::Leak),
+            AuditKind::LeakedClusters => ("leaked-clusters", Class::Leak),
+            AuditKind::LeakedTail => ("leaked-tail", Class::Leak),
+            AuditKind::BadSnapshotTable => ("bad-snapshot-table", Class::Corrupt),
+            AuditKind::BadBitmapTable => ("bad-bitmap-table", Class::Corrupt),
+            AuditKind::BitmapInUse => ("bitmap-in-use", Class::Dirty),
+            _ => ("unreadable", Class::Corrupt),
+        };
+        found.add(Finding {
+            offset: f.offset,
+            cluster: f.cluster,
+            ..Finding::new(kind, class, delta.file().path(), f.what)
+        });
+    })
 }
 
 /// Adds file bytes, joined to those before where both go on.
@@ -138,17 +164,14 @@ fn faults(delta: &Qcow2Delta, run: &Run, found: &mut Findings) {
         "unreadable"
     };
     found.add(Finding {
-        kind,
-        class: Class::Corrupt,
-        file: delta.file().path().to_path_buf(),
         offset: e.offset().unwrap_or(0),
         guest: Some(run.offset..run.offset + run.len),
-        what: what.to_owned(),
+        ..Finding::new(kind, Class::Corrupt, delta.file().path(), what.to_owned())
     });
 }
 
 /// Guest clusters that share a cluster of the file.
-fn overlaps(path: &Path, mut used: Vec<(Range<u64>, u64)>, found: &mut Findings) {
+fn overlaps(path: &Path, cluster: u64, mut used: Vec<(Range<u64>, u64)>, found: &mut Findings) {
     used.sort_unstable_by_key(|(bytes, _)| (bytes.start, bytes.end));
     let mut reach: Option<(Range<u64>, u64)> = None;
     for (bytes, guest) in used {
@@ -159,12 +182,10 @@ fn overlaps(path: &Path, mut used: Vec<(Range<u64>, u64)>, found: &mut Findings)
             let other = first + (shared.start - before.start);
             let what = format!("guest bytes {other} and {guest} are the same bytes of the file");
             found.add(Finding {
-                kind: "duplicate-entry",
-                class: Class::Corrupt,
-                file: path.to_path_buf(),
                 offset: shared.start,
+                cluster: Some(shared.start / cluster),
                 guest: Some(guest..guest + (shared.end - shared.start)),
-                what,
+                ..Finding::new("duplicate-entry", Class::Corrupt, path, what)
             });
         }
         if reach.as_ref().is_none_or(|(b, _)| bytes.end > b.end) {

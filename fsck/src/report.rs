@@ -3,16 +3,22 @@
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ploop::Error;
+use ploop::descriptor::Guid;
 use ploop::verify::Class;
+use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
+
+use crate::kinds::{self, Kind};
 
 /// Findings kept; more are counted only, and still count for the class.
 pub const FINDINGS_MAX: usize = 10_000;
+/// Snapshots that a finding names; more are counted only.
+pub const SNAPSHOTS_MAX: usize = 64;
 
-/// What a check found. In JSON:
-/// `{ "class": "clean|leak|dirty|corrupt", "findings": [ … ] }`.
+/// What a check found. FINDINGS.md has its JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// The worst class of all that was found.
@@ -22,36 +28,80 @@ pub struct Report {
     pub findings: Vec<Finding>,
 }
 
-/// One thing that was found. In JSON: `{ "kind", "class", "file", "offset", "guest", "what" }`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// One thing that was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Its stable name.
+    /// The name of its [`Kind`].
     pub kind: &'static str,
     /// How bad it is.
-    #[serde(serialize_with = "name")]
     pub class: Class,
-    /// In which file. In JSON as text; what is not UTF-8 in it is replaced.
-    #[serde(serialize_with = "lossy")]
+    /// In which file.
     pub file: PathBuf,
     /// At which byte of it; 0 where it is about the file as a whole.
     pub offset: u64,
-    /// The guest bytes concerned, first and end, where there are any: `[start, end]` or null.
-    #[serde(serialize_with = "pair")]
+    /// The cluster of that file concerned, counted from its first byte, where there is one.
+    pub cluster: Option<u64>,
+    /// The guest bytes concerned, where there are any.
     pub guest: Option<Range<u64>>,
+    /// The disk's snapshots that read the file.
+    pub snapshots: Owners,
     /// One sentence with all operands.
     pub what: String,
 }
 
+/// Snapshots of a disk whose data is read from one file. Shared by all findings about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Owners {
+    /// The nearest ones; [`SNAPSHOTS_MAX`] at most.
+    pub first: Arc<[Guid]>,
+    /// How many there are beside these.
+    pub more: u64,
+}
+
+impl Finding {
+    /// Something about a file as a whole.
+    pub(crate) fn new(kind: &'static str, class: Class, file: &Path, what: String) -> Finding {
+        Finding {
+            kind,
+            class,
+            file: file.to_path_buf(),
+            offset: 0,
+            cluster: None,
+            guest: None,
+            snapshots: Owners::default(),
+            what,
+        }
+    }
+
+    /// Its kind: what it means, and what a repair does.
+    pub fn about(&self) -> Option<&'static Kind> {
+        kinds::find(self.kind)
+    }
+}
+
+impl Serialize for Finding {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let about = self.about();
+        let guids: Vec<String> = self.snapshots.first.iter().map(Guid::to_string).collect();
+        let mut out = s.serialize_struct("Finding", 11)?;
+        out.serialize_field("kind", self.kind)?;
+        out.serialize_field("class", self.class.name())?;
+        // As text; what is not UTF-8 in it is replaced.
+        out.serialize_field("file", &self.file.to_string_lossy())?;
+        out.serialize_field("offset", &self.offset)?;
+        out.serialize_field("cluster", &self.cluster)?;
+        out.serialize_field("guest", &self.guest.as_ref().map(|g| [g.start, g.end]))?;
+        out.serialize_field("snapshots", &guids)?;
+        out.serialize_field("snapshots_more", &self.snapshots.more)?;
+        out.serialize_field("what", &self.what)?;
+        out.serialize_field("means", &about.map(|k| k.means))?;
+        out.serialize_field("repair", &about.map(|k| k.repair))?;
+        out.end()
+    }
+}
+
 fn name<S: Serializer>(class: &Class, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_str(class.name())
-}
-
-fn lossy<S: Serializer>(path: &Path, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_str(&path.to_string_lossy())
-}
-
-fn pair<S: Serializer>(guest: &Option<Range<u64>>, s: S) -> Result<S::Ok, S::Error> {
-    guest.as_ref().map(|g| [g.start, g.end]).serialize(s)
 }
 
 impl fmt::Display for Finding {
@@ -94,6 +144,12 @@ impl Findings {
     }
 
     pub(crate) fn add(&mut self, finding: Finding) {
+        debug_assert!(
+            finding
+                .about()
+                .is_some_and(|k| k.classes.contains(&finding.class)),
+            "{finding} is not in the table of kinds"
+        );
         self.class = self.class.max(finding.class);
         match self.list.len() < FINDINGS_MAX {
             true => self.list.push(finding),
@@ -103,14 +159,7 @@ impl Findings {
 
     /// Something about a file as a whole.
     pub(crate) fn file(&mut self, kind: &'static str, class: Class, file: &Path, what: String) {
-        self.add(Finding {
-            kind,
-            class,
-            file: file.to_path_buf(),
-            offset: 0,
-            guest: None,
-            what,
-        });
+        self.add(Finding::new(kind, class, file, what));
     }
 
     /// An error that says that `file` contradicts its format.
@@ -119,28 +168,28 @@ impl Findings {
             Some(fix) => format!("{}. {fix}", e.what()),
             None => e.what().to_owned(),
         };
+        let file = e.path().unwrap_or(file);
         self.add(Finding {
-            kind,
-            class: Class::Corrupt,
-            file: e.path().unwrap_or(file).to_path_buf(),
             offset: e.offset().unwrap_or(0),
-            guest: None,
-            what,
+            ..Finding::new(kind, Class::Corrupt, file, what)
         });
+    }
+
+    /// How many findings there are; for [`Findings::since`].
+    pub(crate) fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// The findings from number `first` on.
+    pub(crate) fn since(&mut self, first: usize) -> &mut [Finding] {
+        self.list.get_mut(first..).unwrap_or_default()
     }
 
     pub(crate) fn into_report(mut self) -> Report {
         if let (Some(last), 1..) = (self.list.last(), self.omitted) {
             let what = format!("… and {} more findings", self.omitted);
-            let (kind, class, file) = (last.kind, last.class, last.file.clone());
-            self.list.push(Finding {
-                kind,
-                class,
-                file,
-                offset: 0,
-                guest: None,
-                what,
-            });
+            let last = Finding::new(last.kind, last.class, &last.file, what);
+            self.list.push(last);
         }
         Report {
             class: self.class,
@@ -157,22 +206,38 @@ mod tests {
     fn the_json_is_the_documented_one() {
         let mut found = Findings::default();
         found.add(Finding {
-            kind: "duplicate-entry",
-            class: Class::Corrupt,
-            file: "/d/root.hds".into(),
             offset: 68,
+            cluster: Some(1),
             guest: Some(32_768..65_536),
-            what: "w".into(),
+            snapshots: Owners {
+                first: [Guid::TOP].into(),
+                more: 2,
+            },
+            ..Finding::new(
+                "duplicate-entry",
+                Class::Corrupt,
+                Path::new("/d/root.hds"),
+                "w".into(),
+            )
         });
         found.file("orphan-file", Class::Leak, Path::new("/d/x"), "v".into());
-        let json = serde_json::to_value(found.into_report()).unwrap();
+        let mut json = serde_json::to_value(found.into_report()).unwrap();
+        for f in json["findings"].as_array_mut().unwrap() {
+            for sentence in ["means", "repair"] {
+                let said = f.as_object_mut().unwrap().remove(sentence).unwrap();
+                assert!(said.as_str().unwrap().ends_with('.'));
+            }
+        }
         let expected = serde_json::json!({
             "class": "corrupt",
             "findings": [
                 { "kind": "duplicate-entry", "class": "corrupt", "file": "/d/root.hds",
-                  "offset": 68, "guest": [32_768, 65_536], "what": "w" },
+                  "offset": 68, "cluster": 1, "guest": [32_768, 65_536],
+                  "snapshots": ["{5fbaabe3-6958-40ff-92a7-860e329aab41}"], "snapshots_more": 2,
+                  "what": "w" },
                 { "kind": "orphan-file", "class": "leak", "file": "/d/x",
-                  "offset": 0, "guest": null, "what": "v" },
+                  "offset": 0, "cluster": null, "guest": null,
+                  "snapshots": [], "snapshots_more": 0, "what": "v" },
             ],
         });
         assert_eq!(json, expected);
@@ -186,12 +251,11 @@ mod tests {
     fn a_flood_is_counted_and_keeps_its_worst_class() {
         let mut found = Findings::default();
         for i in 0..FINDINGS_MAX + 5 {
-            let class = if i == FINDINGS_MAX + 2 {
-                Class::Corrupt
-            } else {
-                Class::Leak
+            let (kind, class) = match i == FINDINGS_MAX + 2 {
+                true => ("bad-type", Class::Corrupt),
+                false => ("leaked-tail", Class::Leak),
             };
-            found.file("leaked-tail", class, Path::new("/f"), String::new());
+            found.file(kind, class, Path::new("/f"), String::new());
         }
         let report = found.into_report();
         assert_eq!(report.class, Class::Corrupt);

@@ -9,6 +9,7 @@ pub mod client;
 pub mod corpus;
 pub mod crash;
 pub mod daemon;
+pub mod damage;
 pub mod fsx;
 pub mod minbase;
 pub mod model;

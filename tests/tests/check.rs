@@ -11,32 +11,19 @@ use ploop_tests::corpus::{self, Case};
 
 /// Cases whose class is not an accepted one, and why. Adding a check takes cases off this list;
 /// nothing may come onto it.
-const NOT_YET: &[(&str, &str)] = &[
-    ("214-ext-bad-md5", EXTENSION),
-    ("216-ext-bitmap-out-of-bounds", EXTENSION),
-    ("217-ext-bitmap-count", EXTENSION),
-    ("218-ext-section-length", EXTENSION),
-    ("219-ext-size-mismatch", EXTENSION),
-    ("220-ext-granularity", EXTENSION),
-    (
-        "547-desc-too-many-images",
-        "130 images are more than OpenVZ's tool reads, and fine here",
-    ),
-    ("638-qcow2-refcount-zero", REFCOUNTS),
-    ("639-qcow2-leaked-clusters", REFCOUNTS),
-    ("640-qcow2-refcount-high", REFCOUNTS),
-    ("641-qcow2-refcounts-wiped", REFCOUNTS),
-    ("653-qcow2-refcount-table-bad", REFCOUNTS),
-];
-const EXTENSION: &str = "nothing behind a format extension's magic is checked";
-const REFCOUNTS: &str = "qcow2 refcounts are not checked: reading needs none of them";
+const NOT_YET: &[(&str, &str)] = &[(
+    "547-desc-too-many-images",
+    "130 images are more than OpenVZ's tool reads, and fine here: named, and no damage",
+)];
 
 /// Damaged images that are called by another right name than the corpus has for them.
 const OTHER_NAME: &[(&str, &str)] = &[
-    ("425-cluster-size-wrong", "bad-data-off"),
-    ("439-bat-only", "bad-data-off"),
-    ("443-huge-entry-count", "bat-truncated"),
+    // By in_use there is no extension in force, wherever the offset points.
+    ("207-cbt-after-qemu-write", "extension-stale"),
+    // The first entry leaves no choice: in v1 units it is inside the header.
     ("445-v1-signature-on-v2", "entry-in-metadata"),
+    // The parent is not only missing: its name leads out of what is allowed, where nobody looks.
+    ("559-desc-volume-parent-missing", "path-outside"),
 ];
 
 /// The class, or `unsupported`, or what kind of error there was.
@@ -47,9 +34,10 @@ fn verdict(case: &Case, dir: &Path) -> (String, Vec<String>) {
         Ok(source) => source,
         Err(e) => return (e.kind().name().into(), vec![e.to_string()]),
     };
-    let allow = match case.text("group") {
-        "volume" => vec![dir.to_path_buf()],
-        _ => vec![],
+    // A tree of volumes lies in several directories of the case.
+    let allow = match case.name.contains("volume") {
+        true => vec![dir.to_path_buf()],
+        false => vec![],
     };
     let options = OpenOptions {
         allow,
@@ -115,25 +103,23 @@ fn every_case_gets_an_accepted_class_but_for_a_list_that_only_shrinks() {
 fn a_defect_of_an_image_or_chain_is_called_by_its_stable_name() {
     let mut wrong = Vec::new();
     for case in corpus::cases() {
-        let groups = [
-            "corrupt-image",
-            "corrupt-chain",
-            "dirty",
-            "corrupt-extension",
-        ];
-        let listed = NOT_YET.iter().any(|(name, _)| *name == case.name);
-        if listed || !groups.contains(&case.text("group")) {
-            continue;
-        }
         let mut want: BTreeSet<&str> = BTreeSet::new();
         for defect in case.expect["check"]["defects"].as_array().unwrap() {
             want.insert(defect["kind"].as_str().unwrap());
         }
         let other = OTHER_NAME.iter().filter(|(name, _)| *name == case.name);
         want.extend(other.map(|(_, kind)| kind));
+        if want.is_empty() {
+            continue;
+        }
         let tmp = case.unpack();
         let dir = std::fs::canonicalize(tmp.path()).unwrap();
         let (class, lines) = verdict(&case, &dir);
+        // Refused by name as something that is not judged here, and accepted as such.
+        let accepted = case.expect["check"]["classes_accepted"].as_array().unwrap();
+        if class == "unsupported" && accepted.iter().any(|a| a == "unsupported") {
+            continue;
+        }
         let named = |kind: &&str| lines.iter().any(|l| l.contains(&format!(" {kind}: ")));
         if !want.iter().any(named) {
             wrong.push(format!("{} {class} {want:?}: {lines:?}", case.name));

@@ -90,6 +90,11 @@ impl Opener {
         self
     }
 
+    /// Whether disks that are opened for writing are locked, each by its directory.
+    pub fn locks_disks(&self) -> bool {
+        self.disk_locks
+    }
+
     /// Takes the lock of the disk in `dir`. Error: `InUse`, naming the holder.
     pub fn lock_disk(&self, dir: &Path) -> Result<DiskLock> {
         DiskLock::acquire(dir, self.control.as_deref())

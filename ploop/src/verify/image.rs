@@ -6,7 +6,7 @@ use super::used::Owners;
 use super::{Finding, FindingKind, Used};
 use crate::error::Result;
 use crate::format::ploop::delta::{EntryFault, judge, read_header};
-use crate::format::ploop::extension::{self, Extension};
+use crate::format::ploop::extension;
 use crate::format::ploop::header::{FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, Header};
 use crate::store::{SECTOR, StoreFile, read_or_zero};
 
@@ -32,66 +32,98 @@ pub struct ImageScan {
     pub pages: Vec<u32>,
 }
 
-struct Scanner<'a> {
-    file: &'a dyn StoreFile,
-    scan: ImageScan,
-    omitted: u64,
+pub(super) struct Scanner<'a> {
+    pub(super) file: &'a dyn StoreFile,
+    pub(super) scan: ImageScan,
+    /// Findings of a kind that were counted only.
+    omitted: Vec<(FindingKind, u64)>,
     /// Every good entry.
     owners: Owners,
 }
 
-/// Checks one ploop image. Never writes. An error means that the header cannot be used at all (or
-/// the file not be read); everything else is a finding.
+/// Checks one ploop image as far as reading and writing its disk needs. Never writes. An error means
+/// that the header cannot be used at all (or the file not be read); everything else is a finding.
 pub fn scan_image(file: &dyn StoreFile) -> Result<ImageScan> {
-    let (header, file_len) = read_header(file)?;
-    let scan = ImageScan {
-        header,
-        file_len,
-        findings: vec![],
-        used: Used::default(),
-        pages: vec![],
-    };
-    let mut s = Scanner {
-        file,
-        scan,
-        omitted: 0,
-        owners: Owners::default(),
-    };
-    s.header_fields();
-    s.entries()?;
-    s.duplicates();
-    s.length();
-    s.extension()?;
-    if s.omitted > 0 {
-        let what = format!("… and {} more", s.omitted);
-        let at = HEADER_BYTES;
-        let path = file.path().to_path_buf();
-        let kind = FindingKind::EntryBeyondEof;
-        s.scan.findings.push(Finding {
-            kind,
-            path,
-            offset: at,
-            guest: None,
-            what,
-        });
-    }
-    Ok(s.scan)
+    let mut s = Scanner::entries_of(file)?;
+    s.extension_found()?;
+    s.length(None);
+    Ok(s.finish())
+}
+
+/// Checks all of one ploop image: what [`scan_image`] does, and the whole of its extension.
+pub fn check_image(file: &dyn StoreFile) -> Result<ImageScan> {
+    let mut s = Scanner::entries_of(file)?;
+    s.header_notes();
+    s.extension_found()?;
+    let held = s.extension_content()?;
+    s.length(held.as_deref());
+    Ok(s.finish())
 }
 
 impl Scanner<'_> {
-    fn found(&mut self, kind: FindingKind, offset: u64, guest: Option<Range<u64>>, what: String) {
+    fn entries_of(file: &dyn StoreFile) -> Result<Scanner<'_>> {
+        let (header, file_len) = read_header(file)?;
+        let scan = ImageScan {
+            header,
+            file_len,
+            findings: vec![],
+            used: Used::default(),
+            pages: vec![],
+        };
+        let mut s = Scanner {
+            file,
+            scan,
+            omitted: vec![],
+            owners: Owners::default(),
+        };
+        s.header_fields();
+        s.entries()?;
+        s.duplicates();
+        Ok(s)
+    }
+
+    fn finish(mut self) -> ImageScan {
+        for (kind, count) in std::mem::take(&mut self.omitted) {
+            self.scan.findings.push(Finding {
+                kind,
+                path: self.file.path().to_path_buf(),
+                offset: HEADER_BYTES,
+                cluster: None,
+                guest: None,
+                what: format!("… and {count} more"),
+            });
+        }
+        self.scan
+    }
+
+    /// Takes a finding; `cluster` counts from the file's first byte.
+    pub(super) fn found(
+        &mut self,
+        kind: FindingKind,
+        offset: u64,
+        cluster: Option<u64>,
+        guest: Option<Range<u64>>,
+        what: String,
+    ) {
         if self.scan.findings.len() >= FINDINGS_MAX {
-            self.omitted += 1;
-            return;
+            return self.omit(kind, 1);
         }
         let path = self.file.path().to_path_buf();
         self.scan.findings.push(Finding {
             kind,
             path,
             offset,
+            cluster,
             guest,
             what,
         });
+    }
+
+    fn omit(&mut self, kind: FindingKind, count: u64) {
+        match self.omitted.iter_mut().find(|(k, _)| *k == kind) {
+            Some((_, n)) => *n += count,
+            None => self.omitted.push((kind, count)),
+        }
     }
 
     fn header_fields(&mut self) {
@@ -101,17 +133,18 @@ impl Scanner<'_> {
                 FindingKind::InUse,
                 44,
                 None,
+                None,
                 "the image was not closed cleanly".into(),
             );
         }
         if h.flags & FLAG_CONVERTING != 0 {
             let what = "a conversion between v1 and v2 was interrupted".into();
-            self.found(FindingKind::ConversionInterrupted, 52, None, what);
+            self.found(FindingKind::ConversionInterrupted, 52, None, None, what);
         }
         let unknown = h.flags & !(FLAG_EMPTY | FLAG_CONVERTING);
         if unknown != 0 {
             let what = format!("header flags {unknown:#x} are not defined");
-            self.found(FindingKind::UnknownFlags, 52, None, what);
+            self.found(FindingKind::UnknownFlags, 52, None, None, what);
         }
         if u64::from(h.entries) != h.clusters() {
             let what = format!(
@@ -120,7 +153,21 @@ impl Scanner<'_> {
                 h.size_sectors,
                 h.clusters()
             );
-            self.found(FindingKind::EntryCountMismatch, 32, None, what);
+            self.found(FindingKind::EntryCountMismatch, 32, None, None, what);
+        }
+    }
+
+    /// What no reader minds, and some other program does.
+    fn header_notes(&mut self) {
+        let h = &self.scan.header;
+        let cluster = h.cluster_bytes();
+        let least = (HEADER_BYTES + 4 * u64::from(h.entries)).next_multiple_of(cluster);
+        if h.data_start > least {
+            let what = format!(
+                "the data area begins at byte {}, header and BAT need {least}",
+                h.data_start
+            );
+            self.found(FindingKind::DataOffsetGap, 48, None, None, what);
         }
     }
 
@@ -153,7 +200,7 @@ impl Scanner<'_> {
         let cluster = h.cluster_bytes();
         if slot >= h.clusters().min(u64::from(h.entries)) {
             let what = format!("BAT slot {slot}, past the last entry, is {entry:#x}, must be 0");
-            return self.found(FindingKind::SlotPastEnd, at, None, what);
+            return self.found(FindingKind::SlotPastEnd, at, None, None, what);
         }
         let guest = slot * cluster..(slot * cluster + cluster).min(h.size());
         let offset = match judge(h, self.scan.file_len, slot, entry) {
@@ -170,7 +217,8 @@ impl Scanner<'_> {
                     h.entry_offset(entry),
                     kind.name()
                 );
-                return self.found(kind, at, Some(guest), what);
+                let named = h.entry_offset(entry) / cluster;
+                return self.found(kind, at, Some(named), Some(guest), what);
             }
         };
         let number = (offset - h.data_start) / cluster;
@@ -187,101 +235,62 @@ impl Scanner<'_> {
         let mut pairs = Vec::new();
         let mut more = 0;
         let owners = std::mem::take(&mut self.owners);
-        self.scan.used = owners.finish(&mut |first, second| match pairs.len() {
+        self.scan.used = owners.finish(&mut |cluster, first, second| match pairs.len() {
             FINDINGS_MAX.. => more += 1,
-            _ => pairs.push((first, second)),
+            _ => pairs.push((cluster, first, second)),
         });
-        self.omitted += more;
-        let cluster = self.scan.header.cluster_bytes();
-        for (first, second) in pairs {
+        let h = self.scan.header.clone();
+        let cluster = h.cluster_bytes();
+        for (number, first, second) in pairs {
             let slot = u64::from(second);
             let what = format!("BAT entries {first} and {second} name the same file cluster");
-            let guest = slot * cluster..(slot + 1) * cluster;
+            let guest = slot * cluster..((slot + 1) * cluster).min(h.size());
             let at = Header::slot_offset(slot);
-            self.found(FindingKind::DuplicateEntry, at, Some(guest), what);
+            let named = h.data_start / cluster + u64::from(number);
+            let kind = FindingKind::DuplicateEntry;
+            self.found(kind, at, Some(named), Some(guest), what);
+        }
+        if more > 0 {
+            self.omit(FindingKind::DuplicateEntry, more);
         }
     }
 
-    fn length(&mut self) {
+    /// `held` are the clusters of a sound extension, where that is known.
+    fn length(&mut self, held: Option<&[u32]>) {
         let h = &self.scan.header;
         let cluster = h.cluster_bytes();
         let len = self.scan.file_len;
         let data = len.saturating_sub(h.data_start);
         // Clusters of a valid extension belong to nobody's entry, and are no leak.
-        let extension = extension::in_force(h) && h.extension_sector * SECTOR < len;
-        let used = self.scan.used.end();
+        let unknown = held.is_none()
+            && extension::in_force(h)
+            && h.extension_sector.saturating_mul(SECTOR) < len;
+        let with = held.map(|held| self.scan.used.with(held));
+        let used = with.as_ref().unwrap_or(&self.scan.used);
+        let (end, count) = (used.end(), used.count());
+        let used_end = h.data_start + end * cluster;
+        let first = h.data_start / cluster;
         let whole = data / cluster;
-        let used_end = h.data_start + used * cluster;
-        let held = self.scan.used.count();
         if !data.is_multiple_of(cluster) && used_end < len {
             let what = format!("the file's length of {len} bytes is no multiple of the cluster");
-            self.found(FindingKind::LengthMisaligned, len, None, what);
+            let at = Some(first + whole);
+            self.found(FindingKind::LengthMisaligned, len, at, None, what);
         }
-        if extension {
+        if unknown {
             return;
         }
-        if whole > used {
-            let what = format!("{} clusters behind the last one in use", whole - used);
-            self.found(FindingKind::LeakedTail, used_end, None, what);
+        if whole > end {
+            let what = format!("{} clusters behind the last one in use", whole - end);
+            let at = Some(first + end);
+            self.found(FindingKind::LeakedTail, used_end, at, None, what);
         }
-        if used > held {
+        if end > count {
             let what = format!(
                 "{} clusters inside the file that no entry names",
-                used - held
+                end - count
             );
             let at = self.scan.header.data_start;
-            self.found(FindingKind::UnreferencedClusters, at, None, what);
+            self.found(FindingKind::UnreferencedClusters, at, None, None, what);
         }
-    }
-
-    fn extension(&mut self) -> Result<()> {
-        let h = self.scan.header.clone();
-        if !extension::in_force(&h) {
-            return Ok(());
-        }
-        let at = h.extension_sector.saturating_mul(SECTOR);
-        match extension::read(self.file, &h, self.scan.file_len)? {
-            Extension::Outside => {
-                let what = format!("the format extension at byte {at} is outside the data area");
-                self.found(FindingKind::ExtensionDangling, 56, None, what);
-            }
-            Extension::NoMagic => {
-                let owned = self
-                    .scan
-                    .used
-                    .contains((at - h.data_start) / h.cluster_bytes());
-                let (kind, what) = if owned {
-                    (
-                        FindingKind::ExtensionOverlapsData,
-                        "the extension's cluster holds guest data",
-                    )
-                } else {
-                    (
-                        FindingKind::ExtensionMagic,
-                        "the format extension has a wrong magic",
-                    )
-                };
-                self.found(kind, 56, None, what.into());
-            }
-            Extension::Sections(sections) => {
-                if self
-                    .scan
-                    .used
-                    .contains((at - h.data_start) / h.cluster_bytes())
-                {
-                    let what = "a BAT entry names the cluster of the format extension".into();
-                    self.found(FindingKind::ExtensionOverlapsData, 56, None, what);
-                }
-                for s in sections.iter().filter(|s| s.forbids_writing()) {
-                    let what = format!(
-                        "format extension feature {:#018x} (flags {:#x}) is not known here and must \
-                         be kept",
-                        s.magic, s.flags
-                    );
-                    self.found(FindingKind::UnknownFeature, s.offset, None, what);
-                }
-            }
-        }
-        Ok(())
     }
 }

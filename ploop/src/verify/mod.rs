@@ -3,7 +3,15 @@
 //! Pure: reads, never writes, and returns [`Finding`]s. Memory is in proportion to the non-zero
 //! entries that the file really has, never to numbers it claims: only the BAT's non-hole extents
 //! are read, and of them only non-zero entries are kept.
+//!
+//! ```text
+//!  scan_image      header, entries, length, what writing must know of the extension   (opening)
+//!  check_image     the same, and all of the extension                                 (fsck)
+//!  explain_header  what is wrong with a header that both refuse                       (fsck)
+//! ```
 
+mod extension;
+mod header;
 mod image;
 mod merge;
 mod used;
@@ -11,7 +19,8 @@ mod used;
 use std::ops::Range;
 use std::path::PathBuf;
 
-pub use image::{ImageScan, PAGE_ENTRIES, scan_image};
+pub use header::explain_header;
+pub use image::{ImageScan, PAGE_ENTRIES, check_image, scan_image};
 pub use merge::merge_untouched;
 pub use used::Used;
 
@@ -78,6 +87,26 @@ pub enum FindingKind {
     ExtensionOverlapsData,
     /// The extension has a feature that we must not write without understanding.
     UnknownFeature,
+    /// The header points to an extension and says that there is none in force.
+    ExtensionStale,
+    /// The extension's MD5 is not that of its content.
+    ExtensionChecksum,
+    /// A section of the extension does not fit its cluster, or is too short for what it is.
+    ExtensionSectionLength,
+    /// The bitmap is of a disk of another size.
+    ExtensionSizeMismatch,
+    /// The bitmap's granularity is no power of two.
+    ExtensionGranularity,
+    /// The bitmap's table has not as many entries as disk and granularity need.
+    ExtensionBitmapCount,
+    /// The bitmap has no table at all.
+    ExtensionBitmapEmpty,
+    /// The bitmap's table points to where no cluster of the file is.
+    ExtensionBitmapOutOfBounds,
+    /// Cluster, size and number of entries contradict each other.
+    GeometryInconsistent,
+    /// The data area begins later than it could.
+    DataOffsetGap,
 }
 
 impl FindingKind {
@@ -101,6 +130,16 @@ impl FindingKind {
             FindingKind::ExtensionMagic => "extension-magic",
             FindingKind::ExtensionOverlapsData => "extension-overlaps-data",
             FindingKind::UnknownFeature => "unknown-feature",
+            FindingKind::ExtensionStale => "extension-stale",
+            FindingKind::ExtensionChecksum => "extension-checksum",
+            FindingKind::ExtensionSectionLength => "extension-section-length",
+            FindingKind::ExtensionSizeMismatch => "extension-size-mismatch",
+            FindingKind::ExtensionGranularity => "extension-granularity",
+            FindingKind::ExtensionBitmapCount => "extension-bitmap-count",
+            FindingKind::ExtensionBitmapEmpty => "extension-bitmap-empty",
+            FindingKind::ExtensionBitmapOutOfBounds => "extension-bitmap-out-of-bounds",
+            FindingKind::GeometryInconsistent => "geometry-inconsistent",
+            FindingKind::DataOffsetGap => "data-offset-gap",
         }
     }
 
@@ -111,7 +150,10 @@ impl FindingKind {
             FindingKind::LeakedTail
             | FindingKind::UnreferencedClusters
             | FindingKind::LengthMisaligned => Class::Leak,
-            FindingKind::UnknownFeature => Class::Clean,
+            FindingKind::UnknownFeature
+            | FindingKind::ExtensionStale
+            | FindingKind::ExtensionBitmapEmpty
+            | FindingKind::DataOffsetGap => Class::Clean,
             _ => Class::Corrupt,
         }
     }
@@ -126,6 +168,8 @@ pub struct Finding {
     pub path: PathBuf,
     /// At which byte of it.
     pub offset: u64,
+    /// The cluster of the file concerned, counted from its first byte, where there is one.
+    pub cluster: Option<u64>,
     /// The guest bytes concerned, where there are any.
     pub guest: Option<Range<u64>>,
     /// One sentence with all operands.

@@ -33,8 +33,8 @@ impl Owners {
         });
     }
 
-    /// The clusters that are named, and one pair of slots for each that is named again.
-    pub(super) fn finish(mut self, duplicate: &mut dyn FnMut(u32, u32)) -> Used {
+    /// The clusters that are named; and each that is named again, with the two slots.
+    pub(super) fn finish(mut self, duplicate: &mut dyn FnMut(u32, u32, u32)) -> Used {
         self.runs.sort_unstable();
         let mut ranges: Vec<Range<u32>> = Vec::new();
         // The run that reaches furthest so far: what starts below its end is named twice.
@@ -44,6 +44,7 @@ impl Owners {
             if let Some(r) = reach {
                 for cluster in run.first..end.min(r.first + r.count) {
                     duplicate(
+                        cluster,
                         r.slot + (cluster - r.first),
                         run.slot + (cluster - run.first),
                     );
@@ -116,7 +117,7 @@ impl FromIterator<u32> for Used {
         for (slot, cluster) in clusters.into_iter().enumerate() {
             owners.add(cluster, slot as u32);
         }
-        owners.finish(&mut |_, _| {})
+        owners.finish(&mut |_, _, _| {})
     }
 }
 
@@ -132,8 +133,8 @@ mod tests {
             owners.add(cluster, slot as u32);
         }
         let mut pairs = Vec::new();
-        let used = owners.finish(&mut |a, b| pairs.push((a, b)));
-        assert_eq!(pairs, [(1, 4), (3, 5)]);
+        let used = owners.finish(&mut |cluster, a, b| pairs.push((cluster, a, b)));
+        assert_eq!(pairs, [(6, 1, 4), (8, 3, 5)]);
         assert_eq!(used.ranges(), [2..3, 5..11]);
         assert_eq!((used.count(), used.end()), (7, 11));
         assert_eq!(used.with(&[11, 0, 3]).ranges(), [0..1, 2..4, 5..12]);

@@ -21,9 +21,12 @@ const SIZE: usize = 24;
 const CRYPT: usize = 32;
 const L1_ENTRIES: usize = 36;
 const L1_OFFSET: usize = 40;
+const SNAPSHOTS: usize = 60;
+const SNAPSHOTS_OFFSET: usize = 64;
 const REFTABLE_OFFSET: usize = 48;
 const REFTABLE_CLUSTERS: usize = 56;
 const INCOMPATIBLE: usize = 72;
+const AUTOCLEAR: usize = 88;
 const REFCOUNT_ORDER: usize = 96;
 const HEADER_LEN: usize = 100;
 const COMPRESSION: usize = 104;
@@ -41,7 +44,11 @@ const BIT_DATA_FILE: u32 = 2;
 const BIT_COMPRESSION: u32 = 3;
 const BIT_EXTENDED_L2: u32 = 4;
 
+/// Autoclear feature: the bitmaps are up to date.
+const BIT_BITMAPS: u64 = 0;
+
 const EXT_END: u32 = 0;
+const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// One row of the feature name table: kind, bit, 46 bytes of name.
@@ -62,6 +69,29 @@ pub(super) struct Header {
     /// The writer did not close the image; refcounts are stale, the tables are not.
     pub(super) dirty: bool,
     pub(super) backing: Option<Backing>,
+    /// What reading has no use for.
+    pub(super) rest: Rest,
+}
+
+/// Fields that only an audit follows. Not judged yet.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rest {
+    /// Refcount table: its byte, and how many clusters it has.
+    pub(super) reftable: (u64, u32),
+    /// A refcount has `1 << refcount_order` bits; 6 at most.
+    pub(super) refcount_order: u32,
+    /// Internal snapshots, and the byte of their table.
+    pub(super) snapshots: (u32, u64),
+    /// Bitmaps that are in force.
+    pub(super) bitmaps: Option<Bitmaps>,
+}
+
+/// The bitmaps extension.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bitmaps {
+    pub(super) count: u32,
+    pub(super) directory: u64,
+    pub(super) directory_bytes: u64,
 }
 
 impl Header {
@@ -156,6 +186,7 @@ impl Unchecked<'_> {
             reftable: self.reftable(cluster_bits, file_len),
             dirty,
             backing: None,
+            rest: self.rest(header_len)?,
         };
         header.l1 = self.check_l1(&header, file_len)?;
         header.backing = self.check_backing(header_len)?;
@@ -271,6 +302,31 @@ impl Unchecked<'_> {
             );
         }
         Ok(start..end)
+    }
+
+    fn rest(&self, header_len: usize) -> Result<Rest> {
+        let v3 = self.be32(VERSION) >= 3;
+        let mut bitmaps = None;
+        // Version 2 has no autoclear bits: nothing says that its bitmaps are up to date.
+        if v3 && self.be64(AUTOCLEAR) & (1 << BIT_BITMAPS) != 0 {
+            for ext in self.extensions(header_len) {
+                let ext = ext?;
+                if ext.kind == EXT_BITMAPS && ext.data.len() >= 24 {
+                    let data = Unchecked(ext.data);
+                    bitmaps = Some(Bitmaps {
+                        count: data.be32(0),
+                        directory_bytes: data.be64(8),
+                        directory: data.be64(16),
+                    });
+                }
+            }
+        }
+        Ok(Rest {
+            reftable: (self.be64(REFTABLE_OFFSET), self.be32(REFTABLE_CLUSTERS)),
+            refcount_order: if v3 { self.be32(REFCOUNT_ORDER) } else { 4 },
+            snapshots: (self.be32(SNAPSHOTS), self.be64(SNAPSHOTS_OFFSET)),
+            bitmaps,
+        })
     }
 
     fn reftable(&self, cluster_bits: u32, file_len: u64) -> Range<u64> {

@@ -11,11 +11,12 @@ use super::header::{Header, overlap};
 use crate::error::{Error, Result};
 use crate::store::{SECTOR, StoreFile, read_exact};
 
-const COPIED: u64 = 1 << 63;
+/// The entry says that its cluster has no other owner.
+pub(super) const COPIED: u64 = 1 << 63;
 const PACKED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 /// The host offset in an L1 entry and in a plain L2 entry.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of an L1 entry and of a plain L2 entry that mean nothing yet.
 const L1_RESERVED: u64 = !(COPIED | OFFSET);
 const L2_RESERVED: u64 = !(COPIED | PACKED | OFFSET | ZERO);
@@ -69,7 +70,7 @@ pub(super) enum Cluster {
 #[derive(Debug)]
 pub(super) struct Tables {
     pub(super) header: Header,
-    file_len: u64,
+    pub(super) file_len: u64,
     /// Offsets of all valid L2 tables, sorted, no two the same.
     l2: Box<[u64]>,
 }

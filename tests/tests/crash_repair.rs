@@ -1,0 +1,217 @@
+//! Power cuts while a disk is repaired, and while a repair is taken back: undo brings back what was
+//! there, a repair begun anew ends like the first, and nothing but what was named reads otherwise.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fsck::Class;
+use fsck::repair::{self, How};
+use ploop::disk::open::{OpenOptions, Opener};
+use ploop::store::memory::MemoryStore;
+use ploop::store::recording::{Budget, RecordingStore};
+use ploop::store::{Access, Store};
+use ploop_tests::crash::env;
+use ploop_tests::damage::guest::read;
+use ploop_tests::damage::state::files;
+use ploop_tests::damage::{Base, bases};
+
+const UNDO: &str = "/undo/first";
+
+fn budget() -> Budget {
+    Budget {
+        exhaustive_units: 8,
+        seeded: env("PLOOP_STATES", 20) as usize,
+        seed: 0,
+    }
+}
+
+fn opener(store: &MemoryStore) -> Opener {
+    Opener::on(Arc::new(store.clone()))
+}
+
+/// Repairs with everything; gives the ranges that were named.
+fn apply(opener: &Opener, base: &Base, undo: &str) -> Result<Vec<Range<u64>>, String> {
+    let text = |e: ploop::Error| e.to_string();
+    let plan = repair::plan(opener, &base.source, &OpenOptions::default()).map_err(text)?;
+    if !plan.unrepairable.is_empty() {
+        return Err(format!("{:?}", plan.unrepairable));
+    }
+    let done = repair::apply(opener, &plan, How::Yes, Some(Path::new(undo))).map_err(text)?;
+    match done.after.class {
+        Class::Clean => {}
+        class => return Err(format!("{class:?}: {:?}", done.after.findings)),
+    }
+    let steps = done.done.iter();
+    Ok(steps
+        .flat_map(|s| s.lost.iter().chain(&s.suspect).cloned())
+        .collect())
+}
+
+type Files = BTreeMap<PathBuf, (u64, String)>;
+
+struct First {
+    start: MemoryStore,
+    files: Files,
+    end: MemoryStore,
+    named: Vec<Range<u64>>,
+}
+
+fn judge(state: &MemoryStore, base: &Base, first: &First) -> Result<(), String> {
+    let shown = read(&first.start, &base.source, None);
+    let now = read(state, &base.source, None);
+    if let Some(shown) = &shown
+        && let Some(at) = shown.lost_in(now.as_ref(), &first.named)
+    {
+        return Err(format!("byte {at} reads otherwise"));
+    }
+    // Taken back.
+    let back = state.snapshot();
+    match repair::undo(&opener(&back), Path::new(UNDO)) {
+        Ok(_) => {}
+        // Not there, or not finished: then nothing was changed.
+        Err(_) if files(state) == first.files => {}
+        Err(e) => return Err(format!("undo: {e}")),
+    }
+    if files(&back) != first.files {
+        return Err("undo does not bring back what was there".into());
+    }
+    // Begun anew.
+    let again = state.snapshot();
+    apply(&opener(&again), base, "/undo/second").map_err(|e| format!("again: {e}"))?;
+    let (ours, theirs) = (
+        read(&first.end, &base.source, None),
+        read(&again, &base.source, None),
+    );
+    let Some(ours) = ours else {
+        return Err("the first repair's end cannot be read".into());
+    };
+    match ours.lost_in(theirs.as_ref(), &[]) {
+        Some(at) => Err(format!("begun anew, byte {at} reads otherwise")),
+        None => Ok(()),
+    }
+}
+
+fn sweep(base: &Base, start: MemoryStore) -> u64 {
+    start.create_dir(Path::new("/undo")).unwrap();
+    let log = RecordingStore::on(&start);
+    let named = apply(&Opener::on(log.store()), base, UNDO).unwrap();
+    let first = First {
+        files: files(&start),
+        start,
+        end: log.snapshot(),
+        named,
+    };
+    let mut states = 0;
+    for point in log.crash_points() {
+        for state in log.states_at(point, &budget()) {
+            states += 1;
+            judge(&state.build(), base, &first).unwrap_or_else(|why| {
+                let log = log.log().join("\n  ");
+                panic!("{}: {why}\n{state}\n  {log}", base.name)
+            });
+        }
+    }
+    states + sweep_undo(base, &first)
+}
+
+/// An undo that is cut is done by another one.
+fn sweep_undo(base: &Base, first: &First) -> u64 {
+    let log = RecordingStore::on(&first.end);
+    repair::undo(&Opener::on(log.store()), Path::new(UNDO)).unwrap();
+    assert_eq!(files(&log.snapshot()), first.files);
+    let mut states = 0;
+    for point in log.crash_points() {
+        for state in log.states_at(point, &budget()) {
+            states += 1;
+            let store = state.build();
+            let again = repair::undo(&opener(&store), Path::new(UNDO));
+            if again.is_err() || files(&store) != first.files {
+                let log = log.log().join("\n  ");
+                panic!("{}: undo again: {again:?}\n{state}\n  {log}", base.name);
+            }
+        }
+    }
+    states
+}
+
+fn write(store: &MemoryStore, path: &str, at: u64, bytes: &[u8]) {
+    let file = store.open(Path::new(path), Access::Write).unwrap();
+    file.write_at(bytes, at).unwrap();
+}
+
+fn number(store: &MemoryStore, path: &str, at: u64) -> u32 {
+    let mut raw = [0; 4];
+    let file = store.open(Path::new(path), Access::Read).unwrap();
+    file.read_at(&mut raw, at).unwrap();
+    u32::from_le_bytes(raw)
+}
+
+/// Everything at once: shared clusters, entries beyond the end, a cut cluster, a slot behind the
+/// table, a mark.
+fn hurt(store: &MemoryStore, path: &str, entries: u64) {
+    let at = |slot: u64| 64 + 4 * slot;
+    let set: Vec<u64> = (0..entries)
+        .filter(|s| number(store, path, at(*s)) != 0)
+        .collect();
+    let free: Vec<u64> = (0..entries).filter(|s| !set.contains(s)).take(3).collect();
+    let shared = number(store, path, at(set[1]));
+    write(store, path, at(free[0]), &shared.to_le_bytes());
+    write(store, path, at(free[1]), &shared.to_le_bytes());
+    let unit = number(store, path, at(set[2])).abs_diff(number(store, path, at(set[1])));
+    let file = store.open(Path::new(path), Access::Write).unwrap();
+    let len = file.len().unwrap();
+    let most = set
+        .iter()
+        .map(|s| number(store, path, at(*s)))
+        .max()
+        .unwrap();
+    // Where the first copy comes to be.
+    let next = most + unit.min(128).max(1);
+    write(store, path, at(free[2]), &next.to_le_bytes());
+    write(store, path, at(entries + 3), &7u32.to_le_bytes());
+    write(store, path, 44, &0x746F_6E59u32.to_le_bytes());
+    file.set_len(len - 700).unwrap();
+}
+
+fn named(all: &[Base], name: &str) -> usize {
+    all.iter().position(|b| b.name == name).unwrap()
+}
+
+#[test]
+fn a_repair_cut_anywhere_is_taken_back_or_done_again() {
+    let all = bases();
+    let run = |name: &str, hurt: &dyn Fn(&MemoryStore)| {
+        let base = &all[named(&all, name)];
+        let store = base.store.snapshot();
+        hurt(&store);
+        println!("{name}: {} states", sweep(base, store));
+    };
+    run("v2", &|s| hurt(s, "/d/image.hds", 64));
+    run("v1", &|s| hurt(s, "/d/image.hds", 40));
+    run("v2 with a long table", &|s| {
+        hurt(s, "/d/image.hds", 9000);
+    });
+    run("411-v1-misaligned-entry", &|_| ());
+    run("310-conversion-of-chain", &|_| ());
+    run("201-cbt-valid", &|s| write(s, "/d/root.hds", 56, &[9]));
+    run("disk", &|s| {
+        hurt(s, "/d/root.hds.top", 30);
+        hurt(s, "/d/root.hds", 30);
+        // A leftover, and a size that is out of date.
+        let copy = s.open(Path::new("/d/root.hds"), Access::Read).unwrap();
+        let mut bytes = vec![0; 65_536];
+        copy.read_at(&mut bytes, 0).unwrap();
+        let orphan = s.create(Path::new("/d/old.hds"), 0o600).unwrap();
+        orphan.write_at(&bytes, 0).unwrap();
+        let xml = Path::new("/d/DiskDescriptor.xml");
+        let mut d = opener(s).read_descriptor(xml).unwrap();
+        d.set_disk_sectors(640);
+        let file = s.open(xml, Access::Write).unwrap();
+        file.set_len(0).unwrap();
+        file.write_at(&d.to_xml(), 0).unwrap();
+    });
+}
