@@ -67,7 +67,7 @@ def finish(child):
 def section(work, quick):
     if os.geteuid():
         return ["Cold reads were not measured: only root may empty the page cache."], {}
-    rounds, seconds = (2, 0.8) if quick else (5, 1)
+    rounds, seconds = (2, 0.8) if quick else (3, 1)
     size = size_of_full(quick)
     _, root = full_images(work.parent, size)
     info = json.loads(run(PLOOP, "--root", root, "info", "disk", "--json"))

@@ -71,7 +71,7 @@ def warm(client, data):
 def section(work, quick):
     depths = (1, 64) if quick else DEPTHS
     peer_depths = () if QSD in left_out else tuple(d for d in depths if d <= 64)
-    rounds, seconds, opens = (2, 0.5, 3) if quick else (5, 1, 5)
+    rounds, seconds, opens = (2, 0.5, 3) if quick else (3, 1, 5)
     data = 32 * MIB if quick else 256 * MIB
     sizes = {"16 MiB": 16 * MIB} if quick else {"16 MiB": 16 * MIB, "1 GiB": GIB}
     root, sock = work / "depth", work / "s"

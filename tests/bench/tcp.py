@@ -13,7 +13,7 @@ ROWS = [
 ]
 
 def section(work, quick):
-    rounds, seconds = (2, 0.3) if quick else (5, 1)
+    rounds, seconds = (2, 0.3) if quick else (3, 1)
     servers = in_place(work.parent, size_of_full(quick), port(), few=True)
     results = interleaved(servers, ROWS, rounds, seconds, work)
     return [*matrix(results, ROWS, servers), "",

@@ -31,7 +31,7 @@ ROWS = [
 
 
 def section(work, quick):
-    rounds, seconds = (2, 0.25) if quick else (5, 1)
+    rounds, seconds = (2, 0.25) if quick else (3, 1)
     size = size_of_full(quick)
     servers = in_place(work.parent, size, work / "s", quick)
     results = interleaved(servers, ROWS, rounds, seconds, work)

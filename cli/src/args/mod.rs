@@ -62,7 +62,7 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Copy a disk or an image into another format.
     Convert(Convert),
-    /// Check a disk or an image; never writes.
+    /// Check a disk or an image; writes nothing unless asked to repair.
     #[command(visible_alias = "fsck")]
     Check(Check),
     /// Show the whole of it on a store in a temporary directory.
@@ -306,10 +306,21 @@ pub(crate) enum To {
 #[derive(Args, Debug)]
 pub(crate) struct Check {
     /// What to check.
-    pub source: String,
-    /// Repair what was found.
+    #[arg(required_unless_present = "undo")]
+    pub source: Option<String>,
+    /// Repair what was found: at once what loses nothing; what loses something is asked for at a
+    /// terminal, and else left. An undo file is written before the first change.
     #[arg(long)]
     pub repair: bool,
+    /// Repair what loses something, too, and name what is lost.
+    #[arg(long, short, requires = "repair")]
+    pub yes: bool,
+    /// The undo file [default: a new one beside the image, or in .ploop of the disk].
+    #[arg(long, value_name = "FILE", requires = "repair")]
+    pub undo_file: Option<PathBuf>,
+    /// Take a repair back: every byte and length as it was.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["source", "repair"])]
+    pub undo: Option<PathBuf>,
     #[command(flatten)]
     pub from: From,
     #[command(flatten)]

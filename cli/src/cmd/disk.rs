@@ -1,11 +1,9 @@
-//! `info`, `convert`, `check`: one disk or image at a time.
+//! `info`, `convert`: one disk or image at a time.
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use ploop::disk::open::Opener;
-use ploop::verify::Class;
 use ploop::{Error, Result};
 use serde_json::json;
 use snapshots::convert::{self, Kind, Target};
@@ -107,35 +105,4 @@ pub(crate) fn convert(root: &Path, c: &args::Convert) -> Result<()> {
             size(done.virtual_bytes)
         )),
     }
-}
-
-pub(crate) fn check(root: &Path, c: &args::Check) -> Result<ExitCode> {
-    if c.repair {
-        return Err(
-            Error::unsupported("this version checks, it does not repair yet")
-                .on(&c.source)
-                .fix(
-                    "Keep a copy, and let OpenVZ's `ploop check` or `qemu-img check -r` repair it",
-                ),
-        );
-    }
-    let (source, options) = super::locate(root, &c.source, &c.from)?;
-    let report = fsck::check(&Opener::host(), &source, &options)?;
-    if c.json.json {
-        print_json(&report)?;
-    } else {
-        for f in &report.findings {
-            let file = f.file.display();
-            line(format!(
-                "{file}: offset {:#x}: {}: {}",
-                f.offset, f.kind, f.what
-            ))?;
-        }
-        line(format!("{}: {}", c.source, report.class.name()))?;
-    }
-    Ok(match report.class {
-        Class::Clean | Class::Leak => ExitCode::SUCCESS,
-        Class::Dirty => ExitCode::from(1),
-        Class::Corrupt => ExitCode::from(ploop::Kind::Corrupt.exit_code()),
-    })
 }

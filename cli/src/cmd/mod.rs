@@ -1,5 +1,6 @@
 //! One file per group of commands.
 
+mod check;
 mod demo;
 mod disk;
 mod openvz;
@@ -35,7 +36,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::SnapshotSwitch(n) => tree::openvz_switch(n)?,
         Command::SnapshotMerge(m) => tree::openvz_merge(m)?,
         Command::Convert(c) => disk::convert(root, c)?,
-        Command::Check(c) => return disk::check(root, c),
+        Command::Check(c) => return check::check(root, c),
         Command::Serve(s) => serve::serve(root, s)?,
         Command::Demo(d) => demo::demo(d)?,
         Command::Init(i) => openvz::init(i)?,

@@ -364,7 +364,7 @@ impl Surveyor<'_, '_> {
         let Some(home) = Home::of(self.opener.store(), file.path()) else {
             return Ok(Journal::Nothing);
         };
-        if !home.exists()? {
+        if !home.is_live()? {
             return Ok(Journal::Nothing);
         }
         let header = match read_header(file.as_ref()) {
