@@ -174,7 +174,8 @@ fn exit_codes_are_those_of_the_help() {
     fs::write(rig.path("bad"), "garbage").unwrap();
     rig.refused(6, ["info", "bad"], &["bad"]);
     rig.refused(7, ["mount", "x"], &["mount"]);
-    rig.refused(7, ["check", "a", "--repair"], &["repair"]);
+    rig.refused(2, ["check", "a", "--yes"], &["--repair"]);
+    rig.refused(2, ["check"], &["SOURCE"]);
     rig.refused(
         9,
         ["serve", "a", "--listen", "0.0.0.0:0"],
@@ -271,6 +272,59 @@ fn case(name: &str) -> Case {
         .into_iter()
         .find(|c| c.name.ends_with(name))
         .unwrap()
+}
+
+/// Goal: nothing is changed that was not asked for, what is lost is said, and all of it can be taken
+/// back. Method: an image that a repair without loss leaves as it is.
+#[test]
+fn a_repair_is_asked_for_twice_where_it_may_lose_and_can_be_taken_back() {
+    let dir = case("-entry-far-past-eof").unpack();
+    let image = dir.path().join("root.hds");
+    let before = fs::read(&image).unwrap();
+    let check = |words: &[&str]| {
+        let out = ploop()
+            .arg("check")
+            .args(words)
+            .stdin(Stdio::null())
+            .output();
+        let out = out.unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned() + &text(&out);
+        (out.status.code(), said)
+    };
+    let path = image.to_str().unwrap();
+    let (code, said) = check(&[path]);
+    assert_eq!(code, Some(6), "{said}");
+    assert!(
+        said.contains("entry-beyond-eof") && said.contains("Repair: "),
+        "{said}"
+    );
+    let (code, said) = check(&["--repair", path]);
+    assert_eq!(code, Some(6), "{said}");
+    assert!(
+        said.contains("not done") && said.contains("--repair --yes"),
+        "{said}"
+    );
+    assert_eq!(fs::read(&image).unwrap(), before);
+    let undo = dir.path().join("undo");
+    let (code, said) = check(&[
+        "--repair",
+        "--yes",
+        "--json",
+        "--undo-file",
+        undo.to_str().unwrap(),
+        path,
+    ]);
+    assert_eq!(code, Some(0), "{said}");
+    let json: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(json["class"], "clean");
+    assert!(json["done"][0]["lost"][0][1].is_u64(), "{said}");
+    assert_ne!(fs::read(&image).unwrap(), before);
+    run(tool("qemu-img")
+        .args(["check", "-q", "-f", "parallels"])
+        .arg(&image));
+    let (code, said) = check(&["--undo", undo.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(fs::read(&image).unwrap(), before);
 }
 
 #[test]
