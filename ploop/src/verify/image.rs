@@ -7,7 +7,9 @@ use super::{Finding, FindingKind, Used};
 use crate::error::Result;
 use crate::format::ploop::delta::{EntryFault, judge, read_header};
 use crate::format::ploop::extension;
-use crate::format::ploop::header::{FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, Header};
+use crate::format::ploop::header::{
+    CLUSTER_SECTORS_OPENVZ, FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, Header,
+};
 use crate::store::{SECTOR, StoreFile, read_or_zero};
 
 /// Findings kept of one image; more are counted only. A BAT of garbage must not fill memory.
@@ -169,6 +171,25 @@ impl Scanner<'_> {
             );
             self.found(FindingKind::DataOffsetGap, 48, None, None, what);
         }
+        let h = &self.scan.header;
+        let sectors = h.cluster_sectors;
+        let (at, what) = if !sectors.is_power_of_two() || !CLUSTER_SECTORS_OPENVZ.contains(&sectors)
+        {
+            (28, format!("clusters of {sectors} sectors"))
+        } else if !h.data_start.is_multiple_of(cluster) {
+            (
+                48,
+                format!("a data area at byte {}, off the cluster grid", h.data_start),
+            )
+        } else if !h.size().is_multiple_of(cluster) {
+            (
+                36,
+                format!("{} sectors, no multiple of the cluster", h.size_sectors),
+            )
+        } else {
+            return;
+        };
+        self.found(FindingKind::ForeignGeometry, at, None, None, what);
     }
 
     /// Every non-zero slot up to the data area, those past the last entry included.
