@@ -73,7 +73,7 @@ fn a_sound_extension_is_no_finding_and_no_leak() {
     sum(&mut bytes);
     assert_eq!(kinds(&bytes), (vec![], vec![]));
     // Its clusters count as used, and only its own.
-    bytes.extend([0; CLUSTER]);
+    bytes.resize(5 * CLUSTER, 0);
     assert_eq!(kinds(&bytes), (vec!["leaked-tail"], vec![]));
 }
 
@@ -149,4 +149,38 @@ fn an_extension_off_the_grid_owns_all_that_it_touches() {
     let (all, open) = kinds(&bytes);
     assert!(all.contains(&"extension-dangling"), "{all:?}");
     assert!(!open.contains(&"extension-dangling"), "{open:?}");
+}
+
+#[test]
+fn entries_in_disorder_are_judged_like_those_in_order() {
+    // Enough of them that bits are kept and not runs.
+    let (entries, cluster) = (40_000u32, CLUSTER as u64);
+    let header = Header::new(Version::V2, 64, u64::from(entries) * 64).unwrap();
+    let first = (header.data_start / cluster) as u32;
+    let mut bytes = header.bytes().to_vec();
+    for slot in 0..entries {
+        let entry = first + slot.wrapping_mul(7_919) % entries;
+        bytes.extend(entry.to_le_bytes());
+    }
+    let file = file(&bytes);
+    file.set_len(header.data_start + u64::from(entries) * cluster)
+        .unwrap();
+    let scan = check_image(file.as_ref()).unwrap();
+    assert_eq!(
+        (scan.findings, scan.used.count()),
+        (vec![], u64::from(entries))
+    );
+    // Slot 30,000 gets what slot 5 has.
+    let stolen = first + 5 * 7_919 % entries;
+    file.write_at(&stolen.to_le_bytes(), Header::slot_offset(30_000))
+        .unwrap();
+    let scan = check_image(file.as_ref()).unwrap();
+    let f = &scan.findings[0];
+    assert_eq!(f.kind, FindingKind::DuplicateEntry);
+    assert_eq!(
+        (f.cluster, f.offset),
+        (Some(u64::from(stolen)), 64 + 120_000)
+    );
+    assert_eq!(f.guest, Some(30_000 * cluster..30_001 * cluster));
+    assert!(f.what.starts_with("BAT entries 5 and 30000 "), "{}", f.what);
 }
