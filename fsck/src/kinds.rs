@@ -48,6 +48,7 @@ pub const KINDS: &[Kind] = &[
     kind("geometry-inconsistent", &[Corrupt], "Cluster, size and number of entries contradict each other: one of them is wrong.", "Nothing: which of them is right cannot be known."),
     kind("unknown-flags", &[Corrupt], "The header has flags that nobody defined: a program that knows them may have written the image.", "Clears them."),
     kind("data-offset-gap", &[Clean], "The data area begins later than it must: sound, but the kernel driver of OpenVZ refuses such an image.", "Nothing is needed."),
+    kind("foreign-geometry", &[Clean], "Cluster, size or data area are as only QEMU writes them: OpenVZ's tools refuse the image or do not see the end of the disk.", "Nothing is needed; `ploop convert` makes an image that every tool takes."),
     kind("leaked-tail", &[Leak], "The file goes on behind the last cluster in use: space is lost, nothing else.", "Cuts the file behind the last cluster in use."),
     kind("unreferenced-clusters", &[Clean], "Clusters inside the file belong to no entry: every writer uses them before the file grows.", "Nothing is needed; compacting gives the space back."),
     kind("length-misaligned", &[Leak], "The file's length is no multiple of the cluster: an extension of the file was cut off.", "Cuts the remainder; no entry names it."),
@@ -71,6 +72,7 @@ pub const KINDS: &[Kind] = &[
     kind("extension-bitmap-empty", &[Clean], "The change-tracking bitmap has no table, as OpenVZ's tool writes it for an empty one; QEMU refuses to open the image.", "Nothing is needed."),
     kind("extension-bitmap-out-of-bounds", &[Corrupt], "A part of the change-tracking bitmap is not in the file.", "Drops the extension from the header; the next backup must be a full one."),
     kind("extension-overlaps-data", &[Corrupt], "Guest data and the format extension share a cluster: the bitmap cannot be trusted, and a program that writes the bitmap destroys data.", "Drops the extension from the header and leaves the cluster to the guest, which keeps what it reads now."),
+    kind("droppable-feature", &[Clean], "The extension has a feature that is not known here and that the first write drops; QEMU refuses to open the image.", "Nothing is needed."),
     kind("unknown-feature", &[Clean], "The image uses a feature that is not known here and must be kept: it can be read, not written.", "Nothing: only a program that knows the feature may change the image."),
     // The journal of an image.
     kind("journal", &[Dirty], "The last writes are in the journal beside the image; every open reads them from there.", "Opens the disk for writing and closes it, which puts the journal into the image."),

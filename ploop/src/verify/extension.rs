@@ -8,8 +8,8 @@
 //! Reading a disk needs none of it: nothing found here makes an image unreadable. Memory: the
 //! clusters that the bitmap names, no more than the file has.
 
-use super::FindingKind;
 use super::image::Scanner;
+use super::{Class, FindingKind, class_of};
 use crate::error::Result;
 use crate::format::ploop::extension::{
     self, BITMAP_HEAD, BITMAP_WORDS, BitmapHead, Extension, FEATURE_DIRTY_BITMAP, SECTION_HEAD,
@@ -112,7 +112,6 @@ impl Scanner<'_> {
         if !extension::has_magic(self.file, at)? {
             return Ok(None);
         }
-        let before = self.scan.findings.len();
         if !extension::sum_is_right(self.file, at, cluster)? {
             let what = "the format extension's MD5 is not that of its content".into();
             let kind = FindingKind::ExtensionChecksum;
@@ -120,10 +119,11 @@ impl Scanner<'_> {
             return Ok(None);
         }
         let mut held = vec![at];
+        let before = self.scan.findings.len();
         self.sections(at, &mut held)?;
         let clusters = self.private(held);
-        let sound = self.scan.findings.len() == before;
-        Ok(Some(clusters).filter(|_| sound))
+        let new = self.scan.findings.get(before..).unwrap_or_default();
+        Ok(Some(clusters).filter(|_| class_of(new) == Class::Clean))
     }
 
     fn sections(&mut self, at: u64, held: &mut Vec<u64>) -> Result<()> {
@@ -152,6 +152,13 @@ impl Scanner<'_> {
             }
             if head.magic == FEATURE_DIRTY_BITMAP {
                 self.bitmap(at + data, bytes, held)?;
+            } else if !head.forbids_writing() {
+                let what = format!(
+                    "format extension feature {:#018x} is not known here, and may be dropped",
+                    head.magic
+                );
+                let kind = FindingKind::DroppableFeature;
+                self.found(kind, at + next, number, None, what);
             }
             next = (data + bytes).next_multiple_of(8);
         }

@@ -1,5 +1,6 @@
 //! Checks of one ploop image: header against file, every entry, length, extension.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use super::used::Owners;
@@ -7,7 +8,9 @@ use super::{Finding, FindingKind, Used};
 use crate::error::Result;
 use crate::format::ploop::delta::{EntryFault, judge, read_header};
 use crate::format::ploop::extension;
-use crate::format::ploop::header::{FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, Header};
+use crate::format::ploop::header::{
+    CLUSTER_SECTORS_OPENVZ, FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, Header,
+};
 use crate::store::{SECTOR, StoreFile, read_or_zero};
 
 /// Findings kept of one image; more are counted only. A BAT of garbage must not fill memory.
@@ -63,6 +66,8 @@ pub fn check_image(file: &dyn StoreFile) -> Result<ImageScan> {
 impl Scanner<'_> {
     fn entries_of(file: &dyn StoreFile) -> Result<Scanner<'_>> {
         let (header, file_len) = read_header(file)?;
+        let data = file_len.saturating_sub(header.data_start);
+        let owners = Owners::below(data.div_ceil(header.cluster_bytes()));
         let scan = ImageScan {
             header,
             file_len,
@@ -74,11 +79,12 @@ impl Scanner<'_> {
             file,
             scan,
             omitted: vec![],
-            owners: Owners::default(),
+            owners,
         };
         s.header_fields();
-        s.entries()?;
-        s.duplicates();
+        let end = s.scan.header.data_start;
+        slots(file, end, &mut |slot, entry| s.entry(slot, entry))?;
+        s.duplicates()?;
         Ok(s)
     }
 
@@ -169,29 +175,25 @@ impl Scanner<'_> {
             );
             self.found(FindingKind::DataOffsetGap, 48, None, None, what);
         }
-    }
-
-    /// Every non-zero slot up to the data area, those past the last entry included.
-    fn entries(&mut self) -> Result<()> {
-        let end = self.scan.header.data_start;
-        let mut at = HEADER_BYTES;
-        let mut buf = vec![0u8; CHUNK as usize];
-        while let Some(data) = self.file.next_data(at, end)? {
-            let mut from = data.start.max(HEADER_BYTES) & !3;
-            while from < data.end {
-                let n = (data.end - from).min(CHUNK) as usize;
-                read_or_zero(self.file, &mut buf[..n], from)?;
-                for (i, raw) in buf[..n].chunks_exact(4).enumerate() {
-                    let entry = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
-                    if entry != 0 {
-                        self.entry((from - HEADER_BYTES) / 4 + i as u64, entry);
-                    }
-                }
-                from += n as u64;
-            }
-            at = data.end.max(at + 4);
-        }
-        Ok(())
+        let h = &self.scan.header;
+        let sectors = h.cluster_sectors;
+        let (at, what) = if !sectors.is_power_of_two() || !CLUSTER_SECTORS_OPENVZ.contains(&sectors)
+        {
+            (28, format!("clusters of {sectors} sectors"))
+        } else if !h.data_start.is_multiple_of(cluster) {
+            (
+                48,
+                format!("a data area at byte {}, off the cluster grid", h.data_start),
+            )
+        } else if !h.size().is_multiple_of(cluster) {
+            (
+                36,
+                format!("{} sectors, no multiple of the cluster", h.size_sectors),
+            )
+        } else {
+            return;
+        };
+        self.found(FindingKind::ForeignGeometry, at, None, None, what);
     }
 
     fn entry(&mut self, slot: u64, entry: u32) {
@@ -231,7 +233,7 @@ impl Scanner<'_> {
         }
     }
 
-    fn duplicates(&mut self) {
+    fn duplicates(&mut self) -> Result<()> {
         let mut pairs = Vec::new();
         let mut more = 0;
         let owners = std::mem::take(&mut self.owners);
@@ -241,7 +243,23 @@ impl Scanner<'_> {
         });
         let h = self.scan.header.clone();
         let cluster = h.cluster_bytes();
+        let unknown = pairs.iter().filter(|(_, first, _)| first.is_none());
+        let mut firsts: HashMap<u32, u32> = unknown.map(|&(n, _, _)| (n, u32::MAX)).collect();
+        if !firsts.is_empty() {
+            slots(self.file, h.data_start, &mut |slot, entry| {
+                let at = h.entry_offset(entry).checked_sub(h.data_start);
+                let number = at.and_then(|at| u32::try_from(at / cluster).ok());
+                if let (Some(number), Ok(slot)) = (number, u32::try_from(slot))
+                    && let Some(first) = firsts.get_mut(&number)
+                {
+                    *first = slot.min(*first);
+                }
+            })?;
+        }
         for (number, first, second) in pairs {
+            let first = first
+                .or_else(|| firsts.get(&number).copied())
+                .unwrap_or(second);
             let slot = u64::from(second);
             let what = format!("BAT entries {first} and {second} name the same file cluster");
             let guest = slot * cluster..((slot + 1) * cluster).min(h.size());
@@ -253,6 +271,7 @@ impl Scanner<'_> {
         if more > 0 {
             self.omit(FindingKind::DuplicateEntry, more);
         }
+        Ok(())
     }
 
     /// `held` are the clusters of a sound extension, where that is known.
@@ -293,4 +312,29 @@ impl Scanner<'_> {
             self.found(FindingKind::UnreferencedClusters, at, None, None, what);
         }
     }
+}
+
+/// Calls `each` with every slot up to file byte `end` that is not zero, those past the last entry
+/// included. Holes are not read.
+fn slots(file: &dyn StoreFile, end: u64, each: &mut dyn FnMut(u64, u32)) -> Result<()> {
+    let mut at = HEADER_BYTES;
+    let mut buf = vec![0u8; CHUNK as usize];
+    while let Some(data) = file.next_data(at, end)? {
+        // Holes need not begin or end with an entry.
+        let mut from = data.start.max(HEADER_BYTES) & !3;
+        let to = data.end.next_multiple_of(4).min(end);
+        while from < to {
+            let n = (to - from).min(CHUNK) as usize;
+            read_or_zero(file, &mut buf[..n], from)?;
+            for (i, raw) in buf[..n].chunks_exact(4).enumerate() {
+                let entry = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+                if entry != 0 {
+                    each((from - HEADER_BYTES) / 4 + i as u64, entry);
+                }
+            }
+            from += n as u64;
+        }
+        at = to.max(at + 4);
+    }
+    Ok(())
 }

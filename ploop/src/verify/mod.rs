@@ -14,6 +14,8 @@ mod extension;
 mod header;
 mod image;
 mod merge;
+#[cfg(test)]
+mod tests;
 mod used;
 
 use std::ops::Range;
@@ -107,6 +109,10 @@ pub enum FindingKind {
     GeometryInconsistent,
     /// The data area begins later than it could.
     DataOffsetGap,
+    /// Cluster, size or data area are of a kind that OpenVZ's tools refuse.
+    ForeignGeometry,
+    /// The extension has a feature that is not known here and goes with the first write.
+    DroppableFeature,
 }
 
 impl FindingKind {
@@ -140,6 +146,8 @@ impl FindingKind {
             FindingKind::ExtensionBitmapOutOfBounds => "extension-bitmap-out-of-bounds",
             FindingKind::GeometryInconsistent => "geometry-inconsistent",
             FindingKind::DataOffsetGap => "data-offset-gap",
+            FindingKind::ForeignGeometry => "foreign-geometry",
+            FindingKind::DroppableFeature => "droppable-feature",
         }
     }
 
@@ -153,7 +161,9 @@ impl FindingKind {
             FindingKind::UnknownFeature
             | FindingKind::ExtensionStale
             | FindingKind::ExtensionBitmapEmpty
-            | FindingKind::DataOffsetGap => Class::Clean,
+            | FindingKind::DataOffsetGap
+            | FindingKind::ForeignGeometry
+            | FindingKind::DroppableFeature => Class::Clean,
             _ => Class::Corrupt,
         }
     }

@@ -1,6 +1,12 @@
-//! Which file clusters a BAT names, as runs: an image that was written front to back needs one.
+//! Which file clusters a BAT names.
+//!
+//! As runs: an image that was written front to back needs one. Where entries are in disorder, a bit
+//! for each cluster of the file is less than their runs are, and setting it is faster than sorting.
 
 use std::ops::Range;
+
+/// Runs below which bits are not thought of.
+const RUNS_MIN: usize = 1 << 14;
 
 /// A run of consecutive entries that name consecutive file clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,11 +20,64 @@ struct Run {
 #[derive(Debug, Default)]
 pub(super) struct Owners {
     runs: Vec<Run>,
+    /// How many clusters can be named; 0 when that is not known.
+    clusters: u64,
+    bits: Option<Bits>,
+}
+
+/// One bit for each cluster of the file.
+#[derive(Debug)]
+struct Bits {
+    words: Vec<u64>,
+    /// Clusters that were set already, and the slots that name them again.
+    again: Vec<(u32, u32)>,
+}
+
+impl Bits {
+    fn set(&mut self, cluster: u32, slot: u32) {
+        let mask = 1 << (cluster % 64);
+        match self.words.get_mut(cluster as usize / 64) {
+            Some(word) if *word & mask == 0 => *word |= mask,
+            _ => self.again.push((cluster, slot)),
+        }
+    }
+
+    fn ranges(&self) -> Vec<Range<u32>> {
+        let mut ranges: Vec<Range<u32>> = Vec::new();
+        for (i, &word) in self.words.iter().enumerate() {
+            let mut rest = word;
+            while rest != 0 {
+                let from = rest.trailing_zeros();
+                let len = (rest >> from).trailing_ones();
+                let start = i as u32 * 64 + from;
+                match ranges.last_mut() {
+                    Some(last) if last.end == start => last.end = start + len,
+                    _ => ranges.push(start..start + len),
+                }
+                rest = match from + len {
+                    64 => 0,
+                    done => rest >> done << done,
+                };
+            }
+        }
+        ranges
+    }
 }
 
 impl Owners {
+    /// For entries that name clusters below `clusters`.
+    pub(super) fn below(clusters: u64) -> Owners {
+        Owners {
+            clusters,
+            ..Owners::default()
+        }
+    }
+
     /// Notes that `slot` names file cluster `cluster`.
     pub(super) fn add(&mut self, cluster: u32, slot: u32) {
+        if let Some(bits) = &mut self.bits {
+            return bits.set(cluster, slot);
+        }
         if let Some(last) = self.runs.last_mut()
             && last.first.checked_add(last.count) == Some(cluster)
             && last.slot + last.count == slot
@@ -31,10 +90,37 @@ impl Owners {
             count: 1,
             slot,
         });
+        let size = (self.runs.len() * size_of::<Run>()) as u64;
+        if self.runs.len() >= RUNS_MIN && self.clusters != 0 && self.clusters / 8 <= size {
+            self.turn();
+        }
     }
 
-    /// The clusters that are named; and each that is named again, with the two slots.
-    pub(super) fn finish(mut self, duplicate: &mut dyn FnMut(u32, u32, u32)) -> Used {
+    /// Goes on with bits.
+    fn turn(&mut self) {
+        let mut bits = Bits {
+            words: vec![0; self.clusters.div_ceil(64) as usize],
+            again: Vec::new(),
+        };
+        for run in std::mem::take(&mut self.runs) {
+            for i in 0..run.count {
+                bits.set(run.first + i, run.slot + i);
+            }
+        }
+        self.bits = Some(bits);
+    }
+
+    /// The clusters that are named; and each that is named again, with the slot that was there first
+    /// where it is known, and the other.
+    pub(super) fn finish(mut self, duplicate: &mut dyn FnMut(u32, Option<u32>, u32)) -> Used {
+        if let Some(bits) = self.bits {
+            for &(cluster, slot) in &bits.again {
+                duplicate(cluster, None, slot);
+            }
+            return Used {
+                ranges: bits.ranges(),
+            };
+        }
         self.runs.sort_unstable();
         let mut ranges: Vec<Range<u32>> = Vec::new();
         // The run that reaches furthest so far: what starts below its end is named twice.
@@ -43,11 +129,9 @@ impl Owners {
             let end = run.first + run.count;
             if let Some(r) = reach {
                 for cluster in run.first..end.min(r.first + r.count) {
-                    duplicate(
-                        cluster,
-                        r.slot + (cluster - r.first),
-                        run.slot + (cluster - run.first),
-                    );
+                    let one = r.slot + (cluster - r.first);
+                    let other = run.slot + (cluster - run.first);
+                    duplicate(cluster, Some(one.min(other)), one.max(other));
                 }
             }
             match ranges.last_mut() {
@@ -134,11 +218,33 @@ mod tests {
         }
         let mut pairs = Vec::new();
         let used = owners.finish(&mut |cluster, a, b| pairs.push((cluster, a, b)));
-        assert_eq!(pairs, [(6, 1, 4), (8, 3, 5)]);
+        assert_eq!(pairs, [(6, Some(1), 4), (8, Some(3), 5)]);
         assert_eq!(used.ranges(), [2..3, 5..11]);
         assert_eq!((used.count(), used.end()), (7, 11));
         assert_eq!(used.with(&[11, 0, 3]).ranges(), [0..1, 2..4, 5..12]);
         let named: Vec<u64> = (0..12).filter(|&c| used.contains(c)).collect();
         assert_eq!(named, [2, 5, 6, 7, 8, 9, 10]);
+    }
+
+    #[test]
+    fn bits_say_what_runs_say() {
+        let clusters = 1u32 << 17;
+        // In disorder, with gaps, and every cluster below 64 named twice.
+        let named = |slot: u32| match slot {
+            0..100_000 => slot.wrapping_mul(40_503) % clusters / 3 * 3 + slot % 2,
+            _ => slot - 100_000,
+        };
+        let (mut runs, mut bits) = (Owners::default(), Owners::below(u64::from(clusters)));
+        for slot in 0..100_064 {
+            runs.add(named(slot), slot);
+            bits.add(named(slot), slot);
+        }
+        assert!(bits.bits.is_some() && runs.bits.is_none());
+        let (mut of_runs, mut of_bits) = (0, Vec::new());
+        let used = runs.finish(&mut |_, _, _| of_runs += 1);
+        let same = bits.finish(&mut |cluster, _, slot| of_bits.push((cluster, slot)));
+        assert_eq!(used, same);
+        assert_eq!(100_064 - used.count(), of_bits.len() as u64);
+        assert!(of_runs > 0 && of_bits.iter().all(|&(c, s)| named(s) == c));
     }
 }

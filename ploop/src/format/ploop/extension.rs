@@ -46,8 +46,12 @@ pub struct Section {
 impl Section {
     /// True when a program that does not know the feature must not write the image.
     pub fn forbids_writing(&self) -> bool {
-        self.magic != FEATURE_DIRTY_BITMAP && self.flags & (FLAG_NECESSARY | FLAG_TRANSIT) != 0
+        forbids_writing(self.magic, self.flags)
     }
+}
+
+fn forbids_writing(magic: u64, flags: u64) -> bool {
+    magic != FEATURE_DIRTY_BITMAP && flags & (FLAG_NECESSARY | FLAG_TRANSIT) != 0
 }
 
 /// What is where the header says the extension is.
@@ -87,6 +91,11 @@ pub(crate) struct SectionHead {
 }
 
 impl SectionHead {
+    /// See [`Section::forbids_writing`].
+    pub(crate) fn forbids_writing(&self) -> bool {
+        forbids_writing(self.magic, self.flags)
+    }
+
     pub(crate) fn parse(raw: &[u8; SECTION_HEAD as usize]) -> SectionHead {
         SectionHead {
             magic: word(&raw[..8]),

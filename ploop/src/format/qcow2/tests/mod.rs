@@ -1,5 +1,6 @@
 //! Images made by hand and by `qemu-img`, whole and damaged, through the public interface.
 
+mod audit;
 mod chains;
 mod damage;
 mod valid;
