@@ -15,16 +15,25 @@ use ploop::store::memory::MemoryStore;
 use ploop::store::recording::{Budget, RecordingStore};
 use ploop::store::{Access, Store};
 use ploop_tests::crash::env;
+use ploop_tests::crash::proof::{Proof, Scenario};
 use ploop_tests::damage::guest::read;
 use ploop_tests::damage::state::files;
 use ploop_tests::damage::{Base, bases};
 
 const UNDO: &str = "/undo/first";
 
-fn budget() -> Budget {
+/// Every file of the repair that syncs.
+const FILES: &[&str] = &[
+    "fsck/src/repair/apply.rs",
+    "fsck/src/repair/back.rs",
+    "fsck/src/repair/names.rs",
+    "fsck/src/repair/record.rs",
+];
+
+fn budget(seeded: u64) -> Budget {
     Budget {
         exhaustive_units: 8,
-        seeded: env("PLOOP_STATES", 20) as usize,
+        seeded: env("PLOOP_STATES", seeded) as usize,
         seed: 0,
     }
 }
@@ -60,7 +69,8 @@ struct First {
     named: Vec<Range<u64>>,
 }
 
-fn judge(state: &MemoryStore, base: &Base, first: &First) -> Result<(), String> {
+/// `answered`: the repair had said that it is done.
+fn judge(state: &MemoryStore, base: &Base, first: &First, answered: bool) -> Result<(), String> {
     let shown = read(&first.start, &base.source, None);
     let now = read(state, &base.source, None);
     if let Some(shown) = &shown
@@ -68,16 +78,22 @@ fn judge(state: &MemoryStore, base: &Base, first: &First) -> Result<(), String> 
     {
         return Err(format!("byte {at} reads otherwise"));
     }
+    if answered && files(state) != files(&first.end) {
+        return Err("it was answered and is not all there".into());
+    }
     // Taken back.
     let back = state.snapshot();
     match repair::undo(&opener(&back), Path::new(UNDO)) {
         Ok(_) => {}
         // Not there, or not finished: then nothing was changed.
-        Err(_) if files(state) == first.files => {}
+        Err(_) if !answered && files(state) == first.files => {}
         Err(e) => return Err(format!("undo: {e}")),
     }
     if files(&back) != first.files {
         return Err("undo does not bring back what was there".into());
+    }
+    if answered {
+        return Ok(());
     }
     // Begun anew.
     let again = state.snapshot();
@@ -95,47 +111,100 @@ fn judge(state: &MemoryStore, base: &Base, first: &First) -> Result<(), String> 
     }
 }
 
-fn sweep(base: &Base, start: MemoryStore) -> u64 {
-    start.create_dir(Path::new("/undo")).unwrap();
-    let log = RecordingStore::on(&start);
-    let named = apply(&Opener::on(log.store()), base, UNDO).unwrap();
-    let first = First {
-        files: files(&start),
-        start,
-        end: log.snapshot(),
-        named,
-    };
+/// Every state of a run, judged; how many there were.
+fn sweep(
+    log: &RecordingStore,
+    budget: &Budget,
+    judge: &dyn Fn(&MemoryStore, bool) -> Result<(), String>,
+) -> Result<u64, String> {
     let mut states = 0;
     for point in log.crash_points() {
-        for state in log.states_at(point, &budget()) {
+        let answered = !log.marks_before(point).is_empty();
+        for state in log.states_at(point, budget) {
             states += 1;
-            judge(&state.build(), base, &first).unwrap_or_else(|why| {
-                let log = log.log().join("\n  ");
-                panic!("{}: {why}\n{state}\n  {log}", base.name)
-            });
+            judge(&state.build(), answered)
+                .map_err(|why| format!("{why}\n{state}\n  {}", log.log().join("\n  ")))?;
         }
     }
-    states + sweep_undo(base, &first)
+    Ok(states)
 }
 
-/// An undo that is cut is done by another one.
-fn sweep_undo(base: &Base, first: &First) -> u64 {
-    let log = RecordingStore::on(&first.end);
-    repair::undo(&Opener::on(log.store()), Path::new(UNDO)).unwrap();
-    assert_eq!(files(&log.snapshot()), first.files);
-    let mut states = 0;
-    for point in log.crash_points() {
-        for state in log.states_at(point, &budget()) {
-            states += 1;
-            let store = state.build();
-            let again = repair::undo(&opener(&store), Path::new(UNDO));
-            if again.is_err() || files(&store) != first.files {
-                let log = log.log().join("\n  ");
-                panic!("{}: undo again: {again:?}\n{state}\n  {log}", base.name);
-            }
-        }
+/// Repairs `base`, hurt as it is in `start`, through `front`, whose log is `log`.
+fn repaired(
+    front: Arc<dyn Store>,
+    log: &RecordingStore,
+    base: &Base,
+    start: &MemoryStore,
+) -> First {
+    let named = apply(&Opener::on(front), base, UNDO).unwrap();
+    log.mark(1);
+    First {
+        files: files(start),
+        start: start.snapshot(),
+        end: log.snapshot(),
+        named,
     }
-    states
+}
+
+fn taken_back(front: Arc<dyn Store>, log: &RecordingStore) {
+    repair::undo(&Opener::on(front), Path::new(UNDO)).unwrap();
+    log.mark(1);
+}
+
+/// An undo that is cut is done by another one; one that was answered is done.
+fn judge_undo(state: &MemoryStore, first: &First, answered: bool) -> Result<(), String> {
+    if answered && files(state) != first.files {
+        return Err("the undo was answered and is not all there".into());
+    }
+    repair::undo(&opener(state), Path::new(UNDO)).map_err(|e| format!("undo again: {e}"))?;
+    match files(state) == first.files {
+        true => Ok(()),
+        false => Err("undo again does not bring back what was there".into()),
+    }
+}
+
+/// All states of one repair and its undo; then each sync of both left out and moved.
+fn run(proof: &mut Proof, base: &Base, start: &MemoryStore) {
+    start.create_dir(Path::new("/undo")).unwrap();
+    let log = RecordingStore::on(start);
+    let first = repaired(log.store(), &log, base, start);
+    let judged = |state: &MemoryStore, answered| judge(state, base, &first, answered);
+    let mut states = sweep(&log, &budget(20), &judged).unwrap_or_else(|e| panic!("{e}"));
+    let back = RecordingStore::on(&first.end);
+    taken_back(back.store(), &back);
+    let judged = |state: &MemoryStore, answered| judge_undo(state, &first, answered);
+    states += sweep(&back, &budget(20), &judged).unwrap_or_else(|e| panic!("undo: {e}"));
+    println!("{}: {states} states", base.name);
+    proof.add(
+        &Scenario {
+            name: format!("repair of {}", base.name),
+            start: start.snapshot(),
+            run: Box::new(|front, log| {
+                let first = repaired(front, log, base, start);
+                let log = log.clone();
+                Box::new(move || {
+                    let judged = |s: &MemoryStore, answered| judge(s, base, &first, answered);
+                    sweep(&log, &budget(4), &judged).map(drop)
+                })
+            }),
+        },
+        FILES,
+    );
+    proof.add(
+        &Scenario {
+            name: format!("undo of {}", base.name),
+            start: first.end.snapshot(),
+            run: Box::new(|front, log| {
+                taken_back(front, log);
+                let (log, first) = (log.clone(), &first);
+                Box::new(move || {
+                    let judged = |s: &MemoryStore, answered| judge_undo(s, first, answered);
+                    sweep(&log, &budget(4), &judged).map(drop)
+                })
+            }),
+        },
+        FILES,
+    );
 }
 
 fn write(store: &MemoryStore, path: &str, at: u64, bytes: &[u8]) {
@@ -184,11 +253,12 @@ fn named(all: &[Base], name: &str) -> usize {
 #[test]
 fn a_repair_cut_anywhere_is_taken_back_or_done_again() {
     let all = bases();
-    let run = |name: &str, hurt: &dyn Fn(&MemoryStore)| {
+    let mut proof = Proof::default();
+    let mut run = |name: &str, hurt: &dyn Fn(&MemoryStore)| {
         let base = &all[named(&all, name)];
         let store = base.store.snapshot();
         hurt(&store);
-        println!("{name}: {} states", sweep(base, store));
+        run(&mut proof, base, &store);
     };
     run("v2", &|s| hurt(s, "/d/image.hds", 64));
     run("v1", &|s| hurt(s, "/d/image.hds", 40));
@@ -214,4 +284,5 @@ fn a_repair_cut_anywhere_is_taken_back_or_done_again() {
         file.set_len(0).unwrap();
         file.write_at(&d.to_xml(), 0).unwrap();
     });
+    proof.verdict(FILES);
 }

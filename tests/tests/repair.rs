@@ -7,6 +7,7 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -128,7 +129,7 @@ impl Bench {
         let verdict = self.judge(&plan, &done, &before, &shown);
         let qemu = self.qemu(&plan);
         self.undone(done.undo.as_deref(), &before);
-        verdict.and(qemu)
+        verdict.and(qemu).and_then(|()| self.losses(&plan))
     }
 
     /// Nothing that could be read reads otherwise after preening.
@@ -225,6 +226,25 @@ impl Bench {
             };
         }
         Ok(())
+    }
+
+    /// What is called lost could not be read before, and all that could not is.
+    fn losses(&self, plan: &Plan) -> Result<(), String> {
+        let Some(damaged) = self.case.expect["damaged_extents"].as_array() else {
+            return Ok(());
+        };
+        let lost: Vec<_> = plan.steps.iter().flat_map(|s| s.lost.clone()).collect();
+        let mut all: Vec<_> = Vec::new();
+        for extent in damaged {
+            let at = extent[0].as_u64().unwrap();
+            all.push(at..at + extent[1].as_u64().unwrap());
+        }
+        let within = |r: &Range<u64>| all.iter().any(|d| d.start < r.end && r.start < d.end);
+        let named = |d: &Range<u64>| lost.iter().any(|r| d.start < r.end && r.start < d.end);
+        match plan.unrepairable.is_empty() && !(lost.iter().all(within) && all.iter().all(named)) {
+            true => Err(format!("lost {lost:?}, damaged {all:?}")),
+            false => Ok(()),
+        }
     }
 
     /// A single image that was repaired is one that QEMU finds nothing in.

@@ -133,7 +133,7 @@ fn settle_entries(
             format!(
                 "the disk's size is 0: set it to {size} sectors, what the {has} BAT entries are for"
             ),
-            vec![0..size * SECTOR],
+            Vec::from([0..size * SECTOR]),
         );
         return Ok(Ok(()));
     }
