@@ -22,10 +22,10 @@ use ploop_tests::damage::{Base, bases};
 
 const UNDO: &str = "/undo/first";
 
-/// Every file of the repair that syncs.
+/// Files of the repair that sync. Undo's own is not one of them: it may be repeated, so only that
+/// all is durable when it has answered counts.
 const FILES: &[&str] = &[
     "fsck/src/repair/apply.rs",
-    "fsck/src/repair/back.rs",
     "fsck/src/repair/names.rs",
     "fsck/src/repair/record.rs",
 ];
@@ -260,13 +260,24 @@ fn a_repair_cut_anywhere_is_taken_back_or_done_again() {
         hurt(&store);
         run(&mut proof, base, &store);
     };
-    run("v2", &|s| hurt(s, "/d/image.hds", 64));
+    run("v2", &|s| {
+        hurt(s, "/d/image.hds", 64);
+        // One entry less than there are.
+        write(s, "/d/image.hds", 32, &63u32.to_le_bytes());
+    });
     run("v1", &|s| hurt(s, "/d/image.hds", 40));
     run("v2 with a long table", &|s| {
         hurt(s, "/d/image.hds", 9000);
     });
     run("411-v1-misaligned-entry", &|_| ());
-    run("310-conversion-of-chain", &|_| ());
+    for name in ["307-conversion-bat-rewritten", "310-conversion-of-chain"] {
+        run(name, &|s| {
+            // The first change after the images is that the backup goes.
+            for dir in ["/d/.ploop", "/d/.ploop/lost+found"] {
+                s.create_dir(Path::new(dir)).unwrap();
+            }
+        });
+    }
     run("201-cbt-valid", &|s| write(s, "/d/root.hds", 56, &[9]));
     run("disk", &|s| {
         hurt(s, "/d/root.hds.top", 30);

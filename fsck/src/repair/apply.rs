@@ -3,18 +3,16 @@
 //! | step | of each image, in the plan's order | durable before the next |
 //! |---|---|---|
 //! | 0 | the undo file, with all that follows, and its name | yes |
-//! | 1 | from a backup: the table behind the first sector; the length; the first sector | each |
+//! | 1 | from a backup: the table behind the first sector; then that, and the length | each |
 //! | 2 | entries that become 0 | yes |
-//! | 3 | header: entries, size, data area | yes |
-//! | 4 | the file grows; clusters are copied | yes |
-//! | 5 | entries of the copies | yes |
-//! | 6 | the end is cut | yes |
-//! | 7 | header: marks | yes |
-//! | 8 | files are moved; the descriptor is replaced | yes |
+//! | 3 | the file grows; clusters are copied | yes |
+//! | 4 | entries of the copies | yes |
+//! | 5 | the end is cut; the header, all of it | yes |
+//! | 6 | files are moved; the descriptor is replaced | yes |
 //!
 //! A bad entry is gone before the file grows, so it never names what comes to be where it points.
-//! An entry names a copy only when that is there. The mark of an image that was not closed goes
-//! last. Cut anywhere, the undo file takes it back, and a repair begun anew ends like the first.
+//! An entry names a copy only when that is there. The header comes last: an image that could not be
+//! opened cannot until then, and the mark of one that was not closed stays that long. Cut anywhere, the undo file takes it back, and a repair begun anew ends like the first.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -274,20 +272,15 @@ impl Patient<'_> {
         }
         let zeroed: Vec<(u64, u32)> = c.zeroed.iter().map(|&at| (at, 0)).collect();
         write_entries(file, &zeroed)?;
-        if let Some(header) = &c.geometry {
-            write_header(file, header)?;
-        }
         if c.grown > c.len {
             file.set_len(c.grown)?;
-            file.sync()?;
         }
         self.copy()?;
-        write_entries(file, &c.moved)?;
-        self.cut(c.grown)?;
-        match &c.header {
-            Some(header) => write_header(file, header),
-            None => Ok(()),
+        if c.grown > c.len || !c.copies.is_empty() {
+            file.sync()?;
         }
+        write_entries(file, &c.moved)?;
+        self.finish(c.header.as_ref().map(HeaderBytes::as_slice))
     }
 
     /// Header and BAT from the backup; what else there is to do is in the view.
@@ -310,25 +303,19 @@ impl Patient<'_> {
             at += n as u64;
         }
         file.sync()?;
-        self.cut(self.changes.grown)?;
         let mut first = [0; SECTOR as usize];
         read_or_zero(&self.view, &mut first, 0)?;
-        file.write_at(&first, 0)?;
-        file.sync()
+        self.finish(Some(&first))
     }
 
     fn copy(&self) -> Result<()> {
-        let file = self.file.as_ref();
         for copy in &self.changes.copies {
             // Behind the old end there are zeros already.
             let old = self.changes.len.saturating_sub(copy.to).min(copy.len);
             self.copy_part(copy.from..copy.from + old, copy.to, true)?;
             self.copy_part(copy.from + old..copy.from + copy.len, copy.to + old, false)?;
         }
-        match self.changes.copies.is_empty() {
-            true => Ok(()),
-            false => file.sync(),
-        }
+        Ok(())
     }
 
     fn copy_part(&self, from: Range<u64>, to: u64, zeros: bool) -> Result<()> {
@@ -350,18 +337,21 @@ impl Patient<'_> {
         Ok(())
     }
 
-    fn cut(&self, now: u64) -> Result<()> {
-        if self.changes.end == now {
-            return Ok(());
+    /// The length, and what makes the image a clean one. With either of them alone it is one that
+    /// has a tail, or is still marked.
+    fn finish(&self, head: Option<&[u8]>) -> Result<()> {
+        let (file, c) = (self.file.as_ref(), self.changes);
+        if c.end != c.grown {
+            file.set_len(c.end)?;
         }
-        self.file.set_len(self.changes.end)?;
-        self.file.sync()
+        if let Some(head) = head {
+            file.write_at(head, 0)?;
+        }
+        match head.is_some() || c.end != c.grown {
+            true => file.sync(),
+            false => Ok(()),
+        }
     }
-}
-
-fn write_header(file: &dyn StoreFile, header: &HeaderBytes) -> Result<()> {
-    file.write_at(header, 0)?;
-    file.sync()
 }
 
 /// Writes BAT entries, ascending by their byte, in sectors.

@@ -301,7 +301,6 @@ fn restore(
             return Ok(());
         };
         let image = image_of(images, Some(at))?;
-        image.sync()?;
         image.set_len(len)?;
         image.sync()
     };

@@ -21,8 +21,6 @@ pub(super) struct Changes {
     pub(super) backup: Option<(PathBuf, u64)>,
     /// Entries that become 0, by their byte.
     pub(super) zeroed: Vec<u64>,
-    /// The header with fields that agree, its marks as they were.
-    pub(super) geometry: Option<HeaderBytes>,
     /// Its length while clusters are moved: at least the present one.
     pub(super) grown: u64,
     pub(super) copies: Vec<Copy>,
@@ -50,7 +48,7 @@ impl Changes {
             _ => View::of(file)?,
         };
         view.len = self.end;
-        view.header = self.header.or(self.geometry);
+        view.header = self.header;
         view.words = self.zeroed.iter().map(|&at| (at, 0)).collect();
         view.words.extend(self.moved.iter().copied());
         view.copies = self.copies.clone();
@@ -61,7 +59,6 @@ impl Changes {
     pub(super) fn nothing(&self) -> bool {
         self.backup.is_none()
             && self.zeroed.is_empty()
-            && self.geometry.is_none()
             && self.copies.is_empty()
             && self.end == self.len
             && self.grown == self.len

@@ -142,7 +142,6 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn plan(mut self, len: u64) -> Result<Result<ImagePlan, Refusal>> {
-        let geometry = (self.fields != self.found).then_some(self.fields.0);
         let start = match self.data_start() {
             Ok(start) => start,
             Err(why) => return Ok(Err(why)),
@@ -186,12 +185,11 @@ impl Planner<'_> {
             len,
             backup: None,
             zeroed: table.zeroed,
-            geometry,
             grown,
             copies: std::mem::take(&mut self.view.copies),
             moved: table.moved,
             end: self.view.len,
-            header: (self.fields.0 != geometry.unwrap_or(self.found.0)).then_some(self.fields.0),
+            header: (self.fields != self.found).then_some(self.fields.0),
             table_end: header.data_start,
             fields: self.fields,
         };

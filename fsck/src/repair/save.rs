@@ -70,7 +70,7 @@ fn candidates(changes: &Changes) -> Vec<Range<u64>> {
     if let Some((_, len)) = &changes.backup {
         all.push(0..*len);
     }
-    if changes.geometry.is_some() || changes.header.is_some() {
+    if changes.header.is_some() {
         all.push(0..HEADER_BYTES);
     }
     all.extend(changes.zeroed.iter().map(|&at| at..at + 4));
