@@ -38,7 +38,7 @@ fn make(store: &Arc<dyn Store>, clusters: u64) {
     let file = store.open(Path::new("/d/base"), Access::Write).unwrap();
     let base = Disk::writable(None, Top::open(file).unwrap(), None).unwrap();
     for cluster in 0..clusters {
-        base.write(cluster * CLUSTER, &[BASE; CLUSTER as usize])
+        base.write(cluster * CLUSTER, &vec![BASE; CLUSTER as usize])
             .unwrap();
     }
     base.close().unwrap();
@@ -92,7 +92,7 @@ fn a_flush_that_cannot_complete_fails_alone_and_forgets_nothing() {
     let nowhere = Home::of(&RealStore::shared(), Path::new("/proc/none/top"));
     let disk = open(&store, nowhere).unwrap();
     disk.write(CLUSTER + 4096, &[1; 4096]).unwrap();
-    disk.write(2 * CLUSTER, &[2; CLUSTER as usize]).unwrap();
+    disk.write(2 * CLUSTER, &vec![2; CLUSTER as usize]).unwrap();
     let top = disk.top().unwrap();
     let unreadable = || Err(ploop::Error::new(Kind::Io, "a bad sector below"));
     assert_eq!(top.flush_or(&unreadable).unwrap_err().kind(), Kind::Io);
@@ -139,7 +139,8 @@ fn a_flush_before_any_write_leaves_no_entry_to_a_failed_write_back() {
         make(&store, 4096);
         let disk = open(&store, home(&store)).unwrap();
         disk.write(CLUSTER + 4096, &[1; 4096]).unwrap();
-        disk.write(3000 * CLUSTER, &[5; CLUSTER as usize]).unwrap();
+        disk.write(3000 * CLUSTER, &vec![5; CLUSTER as usize])
+            .unwrap();
         disk.flush().unwrap();
         drop(disk);
         let entry = Header::slot_offset(3000);

@@ -239,7 +239,7 @@ fn hurt(store: &MemoryStore, path: &str, entries: u64) {
         .max()
         .unwrap();
     // Where the first copy comes to be.
-    let next = most + unit.min(128).max(1);
+    let next = most + unit.clamp(1, 128);
     write(store, path, at(free[2]), &next.to_le_bytes());
     write(store, path, at(entries + 3), &7u32.to_le_bytes());
     write(store, path, 44, &0x746F_6E59u32.to_le_bytes());

@@ -78,11 +78,11 @@ fn show(c: &args::Check, report: &Report) -> Result<()> {
             f.offset, f.kind, f.what
         ))?;
         // Once for many of a kind.
-        if last != (f.kind, file.clone()) {
-            if let Some(about) = f.about() {
-                line(format!("    {}", about.means))?;
-                line(format!("    Repair: {}", about.repair))?;
-            }
+        if last != (f.kind, file.clone())
+            && let Some(about) = f.about()
+        {
+            line(format!("    {}", about.means))?;
+            line(format!("    Repair: {}", about.repair))?;
         }
         last = (f.kind, file);
     }
@@ -140,7 +140,7 @@ fn tell(c: &args::Check, outcome: &Outcome) -> Result<()> {
     }
     let source = c.source.as_deref().unwrap_or_default();
     if !outcome.remaining.is_empty() {
-        line("What is not done loses something: --repair --yes does it".to_owned())?;
+        line("What is not done loses something: --repair --yes does it")?;
     }
     if let Some(undo) = &outcome.undo {
         line(format!(

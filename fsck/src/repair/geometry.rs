@@ -133,7 +133,7 @@ fn settle_entries(
             format!(
                 "the disk's size is 0: set it to {size} sectors, what the {has} BAT entries are for"
             ),
-            Vec::from([0..size * SECTOR]),
+            std::iter::once(0..size * SECTOR).collect(),
         );
         return Ok(Ok(()));
     }

@@ -237,7 +237,7 @@ fn case(case: &corpus::Case) -> Base {
 }
 
 /// A damaged copy of one of `bases`, and what was done to it.
-pub fn damaged<'a>(bases: &'a [Base], seed: u64) -> (&'a Base, MemoryStore, Vec<String>) {
+pub fn damaged(bases: &[Base], seed: u64) -> (&Base, MemoryStore, Vec<String>) {
     let mut rng = Rng(seed);
     let base = &bases[rng.below(bases.len() as u64) as usize];
     let store = base.store.snapshot();
