@@ -109,6 +109,28 @@ fn undo_refuses_a_file_that_was_changed_since() {
     }
 }
 
+/// Goal: an undo takes a repair back, and no write of a guest's since. Method: the cluster that one
+/// of two owners got for himself is written to.
+#[test]
+fn undo_refuses_when_a_copy_that_repair_made_was_written_since() {
+    let b = bench("v2");
+    let entry = |slot: usize| -> [u8; 4] {
+        let at = 64 + 4 * slot;
+        b.read(IMAGE)[at..at + 4].try_into().unwrap()
+    };
+    let mut used = (0..200).filter(|&slot| entry(slot) != [0; 4]);
+    let (one, two) = (used.next().unwrap(), used.next().unwrap());
+    b.write(IMAGE, 64 + 4 * two as u64, &entry(one));
+    b.apply(&b.plan(), How::Yes).unwrap();
+    assert_ne!(entry(one), entry(two));
+    let copy = u64::from(u32::from_le_bytes(entry(two))) * 128 * 512;
+    b.write(IMAGE, copy + 512, &[0xA5; 4]);
+    let before = files(&b.base.store);
+    let e = b.undo().unwrap_err();
+    assert_eq!(e.kind(), Kind::Invalid, "{e}");
+    assert_eq!(files(&b.base.store), before);
+}
+
 #[test]
 fn a_second_repair_does_not_overwrite_the_first_ones_undo_file() {
     let b = bench("v2");

@@ -26,7 +26,7 @@ use ploop::{Error, Kind, Result};
 use super::disk::{LOST, SIDE};
 use super::names::{forget_new, replace};
 use super::record::{Reader, Record};
-use super::save::rest_of_table;
+use super::save::{sum, tail_of};
 
 /// What an undo did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,33 +170,49 @@ fn judge(
 ) -> Result<()> {
     let mut reader = Reader::new(file)?;
     let mut at = None;
-    let mut table = None;
-    let mut recorded: Vec<Range<u64>> = Vec::new();
+    let mut now: Option<Patient> = None;
     while let Some(record) = reader.next()? {
         match record {
             Record::File {
                 lens,
                 table_end,
                 rest,
+                tail,
                 ..
             } => {
-                judge_table(images, at, table.take(), &mut recorded)?;
+                if let Some(patient) = now.take() {
+                    patient.judge(image_of(images, at)?)?;
+                }
                 let next = at.map_or(0, |at| at + 1);
                 at = Some(next);
-                table = Some((table_end, rest));
-                if !lens.contains(&images[next].len()?) {
-                    return Err(changed(images[next].path()));
+                now = Some(Patient {
+                    lens,
+                    table: (table_end, rest),
+                    tail,
+                    recorded: Vec::new(),
+                    done: true,
+                });
+                let image = image_of(images, at)?;
+                if !lens.contains(&image.len()?) {
+                    return Err(changed(image.path()));
                 }
             }
             Record::Bytes { offset, old, new } => {
                 let image = image_of(images, at)?;
                 let end = offset + old.len() as u64;
-                match recorded.last_mut() {
+                let Some(patient) = &mut now else {
+                    return Err(changed(image.path()));
+                };
+                match patient.recorded.last_mut() {
                     Some(last) if last.end == offset => last.end = end,
-                    _ => recorded.push(offset..end),
+                    _ => patient.recorded.push(offset..end),
                 }
-                if !new.is_empty() && !between(image, offset, &old, &new)? {
-                    return Err(changed(image.path()).at(offset));
+                if !new.is_empty() {
+                    match between(image, offset, &old, &new)? {
+                        State::New => {}
+                        State::Between => patient.done = false,
+                        State::Foreign => return Err(changed(image.path()).at(offset)),
+                    }
                 }
             }
             Record::Move { from, to } => {
@@ -220,7 +236,37 @@ fn judge(
             Record::Root(_) | Record::End { .. } => {}
         }
     }
-    judge_table(images, at, table, &mut recorded)
+    match now {
+        Some(patient) => patient.judge(image_of(images, at)?),
+        None => Ok(()),
+    }
+}
+
+/// What the undo file says of the image at hand.
+struct Patient {
+    lens: [u64; 3],
+    /// Where the table ends, and the checksum of what the repair had no business with in it.
+    table: (u64, u32),
+    /// The checksum of what the repair put behind the old end.
+    tail: u32,
+    recorded: Vec<Range<u64>>,
+    /// Nothing of it is as it was before the repair.
+    done: bool,
+}
+
+impl Patient {
+    /// Judges the sectors of the table that were not recorded, and what would be cut off. The
+    /// second only of a repair that was done: nobody uses the image before.
+    fn judge(self, image: &dyn StoreFile) -> Result<()> {
+        let ([old, _, end], (table_end, rest)) = (self.lens, self.table);
+        let table = sum(image, 0..table_end, &self.recorded)? == rest;
+        let tail =
+            !self.done || image.len()? != end || sum(image, tail_of(old, end), &[])? == self.tail;
+        match table && tail {
+            true => Ok(()),
+            false => Err(changed(image.path())),
+        }
+    }
 }
 
 fn image_of(images: &[Arc<dyn StoreFile>], at: Option<usize>) -> Result<&dyn StoreFile> {
@@ -230,31 +276,29 @@ fn image_of(images: &[Arc<dyn StoreFile>], at: Option<usize>) -> Result<&dyn Sto
     Ok(image.as_ref())
 }
 
-/// The sectors of the table that the repair had no business with.
-fn judge_table(
-    images: &[Arc<dyn StoreFile>],
-    at: Option<usize>,
-    table: Option<(u64, u32)>,
-    recorded: &mut Vec<Range<u64>>,
-) -> Result<()> {
-    if let Some((end, rest)) = table {
-        let image = image_of(images, at)?;
-        if rest_of_table(image, end, recorded)? != rest {
-            return Err(changed(image.path()));
-        }
-    }
-    recorded.clear();
-    Ok(())
+/// How bytes of an image stand to those before and after the repair.
+enum State {
+    New,
+    /// Every word is its old or its new one.
+    Between,
+    Foreign,
 }
 
-/// Every word of the bytes at `offset` is its old or its new one. What the file does not have any
-/// more is fine.
-fn between(file: &dyn StoreFile, offset: u64, old: &[u8], new: &[u8]) -> Result<bool> {
+/// The state of the bytes at `offset`. What the file does not have any more is fine.
+fn between(file: &dyn StoreFile, offset: u64, old: &[u8], new: &[u8]) -> Result<State> {
     let mut now = vec![0; old.len()];
     let got = file.read_at(&mut now, offset)?;
-    let words = now[..got].chunks(4).zip(old.chunks(4)).zip(new.chunks(4));
-    let mut fits = words.map(|((n, o), w)| n == &o[..n.len()] || n == &w[..n.len()]);
-    Ok(fits.all(|fit| fit))
+    let mut state = State::New;
+    for ((n, o), w) in now[..got].chunks(4).zip(old.chunks(4)).zip(new.chunks(4)) {
+        if n == &w[..n.len()] {
+            continue;
+        }
+        if n != &o[..n.len()] {
+            return Ok(State::Foreign);
+        }
+        state = State::Between;
+    }
+    Ok(state)
 }
 
 /// The bytes of a file that has `max` at most; `None` for a longer one.

@@ -46,6 +46,8 @@ pub(super) enum Record {
         lens: [u64; 3],
         table_end: u64,
         rest: u32,
+        /// The same of the bytes behind the old length, when the repair was done.
+        tail: u32,
     },
     Bytes {
         offset: u64,
@@ -89,10 +91,12 @@ impl Record {
                 lens,
                 table_end,
                 rest,
+                tail,
             } => {
                 lens.iter().for_each(|n| put(&n.to_le_bytes()));
                 put(&table_end.to_le_bytes());
                 put(&rest.to_le_bytes());
+                put(&tail.to_le_bytes());
                 put(name.as_os_str().as_bytes());
             }
             Record::Bytes { offset, old, new } => {
@@ -131,6 +135,7 @@ impl Record {
                 lens: [p.long()?, p.long()?, p.long()?],
                 table_end: p.long()?,
                 rest: p.number()?,
+                tail: p.number()?,
                 name: path(p.0, true)?,
             },
             3 => {
@@ -326,6 +331,7 @@ mod tests {
                 lens: [1, 2, 3],
                 table_end: 4,
                 rest: 5,
+                tail: 6,
             },
             Record::Bytes {
                 offset: 512,
@@ -375,15 +381,14 @@ mod tests {
             assert!(read().is_err(), "byte {at}");
             file.write_at(&byte, at).unwrap();
         }
+        let mut whole = vec![0; len as usize];
+        file.read_at(&mut whole, 0).unwrap();
         for cut in 0..len {
             file.set_len(cut).unwrap();
             assert!(read().is_err(), "{cut} bytes");
-            file.set_len(len).unwrap();
-            drop(store.remove_file(path));
-            let mut writer = Writer::create(&store, path).unwrap();
-            all().iter().for_each(|r| writer.put(r).unwrap());
-            writer.finish().unwrap();
+            file.write_at(&whole, 0).unwrap();
         }
+        assert_eq!(read().unwrap(), all());
     }
 
     #[test]

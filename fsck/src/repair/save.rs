@@ -34,7 +34,8 @@ pub(super) fn save(
         name: name.to_path_buf(),
         lens: [changes.len, changes.grown, changes.end],
         table_end,
-        rest: rest_of_table(file.as_ref(), table_end, &changed)?,
+        rest: sum(file.as_ref(), 0..table_end, &changed)?,
+        tail: sum(view, tail_of(changes.len, changes.end), &[])?,
     })?;
     compare(file.as_ref(), view, changes, &mut |offset, old, new| {
         out.put(&Record::Bytes {
@@ -130,15 +131,20 @@ fn compare(file: &dyn StoreFile, view: &View, changes: &Changes, each: Each<'_>)
     Ok(())
 }
 
-/// A checksum of the sectors of `[0, end)` that are not zeros and in none of `changed`.
-pub(super) fn rest_of_table(file: &dyn StoreFile, end: u64, changed: &[Range<u64>]) -> Result<u32> {
+/// The sectors behind the old end of a file.
+pub(super) fn tail_of(len: u64, end: u64) -> Range<u64> {
+    len.next_multiple_of(SECTOR)..end
+}
+
+/// A checksum of the sectors of `range` that are not zeros and in none of `changed`.
+pub(super) fn sum(file: &dyn StoreFile, range: Range<u64>, changed: &[Range<u64>]) -> Result<u32> {
     let mut hash = crc32fast::Hasher::new();
     let mut buf = vec![0; PIECE];
-    let mut at = 0;
+    let (mut at, end) = (range.start, range.end);
     while at < end
         && let Some(data) = file.next_data(at, end)?
     {
-        at = data.start / SECTOR * SECTOR;
+        at = (data.start / SECTOR * SECTOR).max(range.start);
         let n = (data.end.next_multiple_of(SECTOR).min(end) - at).min(PIECE as u64) as usize;
         let piece = &mut buf[..n];
         read_or_zero(file, piece, at)?;
