@@ -24,7 +24,7 @@ use super::fields::{Fields, HeaderBytes};
 use super::files::Files;
 use super::image::{self, Backup};
 use super::leftovers::free_place;
-use super::slots::push;
+use super::ranges::push;
 use super::tree::Tree;
 use super::{Move, Plan, Remark, Step};
 

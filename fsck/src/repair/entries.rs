@@ -10,7 +10,8 @@ use ploop::store::StoreFile;
 
 use super::changes::Notes;
 use super::fields::Fields;
-use super::slots::{push, slots};
+use super::ranges::push;
+use ploop::verify::slots;
 
 /// An entry and where its cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -16,7 +16,8 @@ use ploop::store::{SECTOR, StoreFile};
 
 use super::changes::Notes;
 use super::fields::{Fields, TYPE_EXPANDABLE};
-use super::slots::{holds_anything, push, slots};
+use super::ranges::{holds_anything, push};
+use ploop::verify::slots;
 
 /// Why an image cannot be repaired: one sentence.
 pub(super) type Refusal = String;

@@ -24,7 +24,7 @@ use super::changes::{Changes, ImagePlan, Notes};
 use super::entries::{self, Table};
 use super::fields::{Fields, HeaderBytes};
 use super::geometry::{Refusal, settle};
-use super::slots::push;
+use super::ranges::push;
 use super::view::{Copy, View};
 
 /// Feature flag: nobody who does not know the feature may write the image.

@@ -29,9 +29,9 @@ mod geometry;
 mod image;
 mod leftovers;
 mod names;
+mod ranges;
 mod record;
 mod save;
-mod slots;
 mod tree;
 mod view;
 

@@ -3,13 +3,10 @@
 //! A reader stops at the first field that is wrong. Here the fields are weighed against each other
 //! and against the file, so that an owner learns which one it is.
 
-use super::{Finding, FindingKind};
+use super::{Finding, FindingKind, slots};
 use crate::error::Result;
 use crate::format::ploop::header::{CLUSTER_SECTORS_MAX, HEADER_BYTES, has_signature};
-use crate::store::{StoreFile, read_or_zero};
-
-/// BAT bytes read at a time.
-const CHUNK: u64 = 256 * 1024;
+use crate::store::StoreFile;
 
 /// What is wrong with a header that [`super::scan_image`] refused, beside what its error says.
 pub fn explain_header(file: &dyn StoreFile) -> Result<Vec<Finding>> {
@@ -66,18 +63,6 @@ pub fn explain_header(file: &dyn StoreFile) -> Result<Vec<Finding>> {
 
 fn entries_set(file: &dyn StoreFile, bat_end: u64) -> Result<u64> {
     let mut count = 0;
-    let mut at = HEADER_BYTES;
-    let mut buf = vec![0; CHUNK as usize];
-    while let Some(data) = file.next_data(at, bat_end)? {
-        let mut from = data.start.max(HEADER_BYTES) & !3;
-        while from < data.end {
-            let n = (data.end - from).min(CHUNK) as usize;
-            read_or_zero(file, &mut buf[..n], from)?;
-            let set = |raw: &&[u8]| raw.iter().any(|&b| b != 0);
-            count += buf[..n].chunks(4).filter(set).count() as u64;
-            from += n as u64;
-        }
-        at = data.end.max(at + 4);
-    }
+    slots(file, HEADER_BYTES..bat_end, &mut |_, _| count += 1)?;
     Ok(count)
 }

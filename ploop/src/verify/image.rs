@@ -83,7 +83,9 @@ impl Scanner<'_> {
         };
         s.header_fields();
         let end = s.scan.header.data_start;
-        slots(file, end, &mut |slot, entry| s.entry(slot, entry))?;
+        slots(file, HEADER_BYTES..end, &mut |slot, entry| {
+            s.entry(slot, entry)
+        })?;
         s.duplicates()?;
         Ok(s)
     }
@@ -246,7 +248,7 @@ impl Scanner<'_> {
         let unknown = pairs.iter().filter(|(_, first, _)| first.is_none());
         let mut firsts: HashMap<u32, u32> = unknown.map(|&(n, _, _)| (n, u32::MAX)).collect();
         if !firsts.is_empty() {
-            slots(self.file, h.data_start, &mut |slot, entry| {
+            slots(self.file, HEADER_BYTES..h.data_start, &mut |slot, entry| {
                 let at = h.entry_offset(entry).checked_sub(h.data_start);
                 let number = at.and_then(|at| u32::try_from(at / cluster).ok());
                 if let (Some(number), Ok(slot)) = (number, u32::try_from(slot))
@@ -314,12 +316,18 @@ impl Scanner<'_> {
     }
 }
 
-/// Calls `each` with every slot up to file byte `end` that is not zero, those past the last entry
-/// included. Holes are not read.
-fn slots(file: &dyn StoreFile, end: u64, each: &mut dyn FnMut(u64, u32)) -> Result<()> {
-    let mut at = HEADER_BYTES;
+/// Calls `each` with slot and value of every slot in the file bytes `range` (whole slots, behind the
+/// header) that is not zero. Holes are not read; what lies behind the end of the file is zeros.
+pub fn slots(
+    file: &dyn StoreFile,
+    range: Range<u64>,
+    each: &mut dyn FnMut(u64, u32),
+) -> Result<()> {
+    let (mut at, end) = (range.start, range.end);
     let mut buf = vec![0u8; CHUNK as usize];
-    while let Some(data) = file.next_data(at, end)? {
+    while at < end
+        && let Some(data) = file.next_data(at, end)?
+    {
         // Holes need not begin or end with an entry.
         let mut from = data.start.max(HEADER_BYTES) & !3;
         let to = data.end.next_multiple_of(4).min(end);
