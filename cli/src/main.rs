@@ -11,7 +11,15 @@ use clap::Parser;
 use crate::args::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) if e.use_stderr() && cmd::speaks_openvz() => {
+            // If nobody reads it, the code says enough.
+            drop(e.print());
+            return ExitCode::from(cmd::OPENVZ_USAGE);
+        }
+        Err(e) => e.exit(),
+    };
     output::log_to_stderr(cli.verbose.saturating_add(cli.v));
     match cmd::run(&cli) {
         Ok(code) => code,

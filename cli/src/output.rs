@@ -71,6 +71,12 @@ pub(crate) fn line(text: impl AsRef<str>) -> Result<()> {
     writeln!(io::stdout(), "{}", text.as_ref()).map_err(stdout_error)
 }
 
+/// Prints a line on standard error, where standard output has something else.
+pub(crate) fn note(text: impl AsRef<str>) -> Result<()> {
+    let written = writeln!(io::stderr(), "{}", text.as_ref());
+    written.map_err(|e| Error::io("write", "standard error", e))
+}
+
 /// Prints a value as JSON.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
@@ -169,6 +175,8 @@ pub(crate) fn age(then: u64) -> String {
     }
 }
 
+const BYTES: &str = "{msg:12} {bar:32} {bytes:>10}/{total_bytes:10} {eta}";
+
 /// A bar on standard error, when that is a terminal; silent otherwise.
 pub(crate) struct Bar {
     bar: ProgressBar,
@@ -181,9 +189,7 @@ impl Bar {
             true => ProgressBar::new(0),
             false => ProgressBar::hidden(),
         };
-        if let Ok(style) =
-            ProgressStyle::with_template("{msg:12} {bar:32} {bytes:>10}/{total_bytes:10} {eta}")
-        {
+        if let Ok(style) = ProgressStyle::with_template(BYTES) {
             bar.set_style(style);
         }
         Bar {
@@ -200,6 +206,21 @@ impl Bar {
         }
         self.bar.set_length(total.unwrap_or(done));
         self.bar.set_position(done);
+    }
+}
+
+impl fsck::Progress for Bar {
+    fn at(&mut self, stage: fsck::Stage, done: u64, total: u64) {
+        let template = match stage.counts_bytes() {
+            true => BYTES,
+            false => "{msg:12} {bar:32} {pos}/{len} images",
+        };
+        if self.stage.get() != stage.name()
+            && let Ok(style) = ProgressStyle::with_template(template)
+        {
+            self.bar.set_style(style);
+        }
+        Bar::at(self, stage.name(), done, Some(total));
     }
 }
 

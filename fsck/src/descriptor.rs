@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use ploop::Error;
-use ploop::descriptor::{Chs, Descriptor};
+use ploop::descriptor::{Chs, Defect, Descriptor};
 use ploop::verify::Class;
 
 use crate::report::Findings;
@@ -12,59 +12,9 @@ use crate::report::Findings;
 /// Images on top of each other that OpenVZ's tools open.
 const CHAIN_OPENVZ: usize = 127;
 
-/// A part of the parser's sentence, and the name of the defect. The first that fits counts.
-const SENTENCES: &[(&str, &str)] = &[
-    ("form a cycle", "parent-cycle"),
-    ("elements have the GUID", "duplicate-guid"),
-    ("two images have the file", "duplicate-file"),
-    ("which the disk doesn't have", "unknown-parent"),
-    ("is marked for removal", "temporary-top"),
-    ("has no <Shot>", "missing-shot"),
-    ("means \"none\"", "bad-guid"),
-    ("is not a GUID", "bad-guid"),
-    ("<Padding>", "padding"),
-    ("<Type>", "bad-type"),
-    ("<File>", "bad-path"),
-    ("<Parent>", "bad-path"),
-    ("OpenVZ's tool cannot read it there", "unexpected-element"),
-    ("in the same place", "unexpected-element"),
-    ("which holds text", "unexpected-element"),
-    ("<Blocksize>", "bad-blocksize"),
-    ("a cluster of", "bad-blocksize"),
-    ("is not a number", "bad-number"),
-    ("is beyond 64 bits", "bad-number"),
-    ("must be 0 or 1", "bad-number"),
-    ("sectors than a disk can have", "bad-number"),
-    ("more than a disk can have", "bad-number"),
-    ("a largest delta of 0", "bad-number"),
-    ("<Preallocated> is 1", "bad-number"),
-    ("DOCTYPE", "dtd"),
-    ("not valid UTF-8", "bad-encoding"),
-    ("declares encoding", "bad-encoding"),
-    ("are nested deeper", "xml-too-deep"),
-    ("the limit is", "xml-too-deep"),
-    ("is longer than", "xml-too-deep"),
-    ("are not read", "xml-too-deep"),
-    ("elements", "xml-too-deep"),
-];
-
-/// The name of what the parser refused. Whatever has no other name is no XML.
+/// The name of what the parser refused.
 pub(crate) fn defect(e: &Error) -> &'static str {
-    let what = e.what();
-    // "<A> has no <B>", of the top, of a snapshot, of any element.
-    if what.contains(" has no <Image>") {
-        return match what {
-            w if w.starts_with("the top ") => "top-missing",
-            w if w.starts_with("snapshot ") => "missing-image",
-            _ => "missing-element",
-        };
-    }
-    let named = SENTENCES.iter().find(|(part, _)| what.contains(part));
-    match named {
-        Some((_, kind)) => kind,
-        None if what.contains(" has no <") => "missing-element",
-        None => "not-well-formed",
-    }
+    e.defect().map_or("unreadable", Defect::name)
 }
 
 /// What the descriptor at `xml` says of a disk whose top has `sectors`.
@@ -96,5 +46,22 @@ pub(crate) fn too_long(d: &Descriptor, xml: &Path, found: &mut Findings) {
     if images > CHAIN_OPENVZ {
         let what = format!("the chain of the top has {images} images");
         found.file("too-many-images", Class::Clean, xml, what);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kinds;
+
+    #[test]
+    fn every_defect_is_a_kind_of_finding() {
+        for defect in Defect::ALL {
+            let kind = kinds::find(defect.name());
+            assert!(
+                kind.is_some_and(|k| k.classes == [Class::Corrupt]),
+                "{defect:?}"
+            );
+        }
     }
 }

@@ -24,15 +24,17 @@ use ploop::{Error, Kind, Result};
 
 use crate::family::Family;
 use crate::names::{confined, leftovers};
+use crate::progress::Meter;
 use crate::report::{Finding, Findings};
 use crate::{descriptor, image, journal};
 
 /// Volumes above each other, at most.
 const VOLUMES_MAX: usize = 256;
 
-struct Checker<'a> {
+struct Checker<'a, 'm> {
     opener: &'a Opener,
     found: &'a mut Findings,
+    meter: &'a mut Meter<'m>,
     /// Directories that files may lie in, resolved.
     allowed: Vec<PathBuf>,
     /// Resolved paths of all images that were named.
@@ -45,13 +47,25 @@ struct Checker<'a> {
     /// The source's top, and its size, once it was looked at.
     top: Guid,
     top_sectors: Option<u64>,
+    /// The top's file, where this process has the disk open.
+    held: Option<&'a Path>,
 }
+
+/// What the image of an open top looks like, and that its process knows more of.
+const OF_USE: [&str; 4] = [
+    "in-use",
+    "leaked-tail",
+    "length-misaligned",
+    "unreferenced-clusters",
+];
 
 pub(crate) fn check(
     opener: &Opener,
     source: &Source,
     options: &OpenOptions,
+    held: Option<&Path>,
     found: &mut Findings,
+    meter: &mut Meter<'_>,
 ) -> Result<()> {
     let store = opener.store();
     let xml = store.resolve(&source.path)?;
@@ -72,6 +86,7 @@ pub(crate) fn check(
     let mut checker = Checker {
         opener,
         found,
+        meter,
         allowed,
         known: HashSet::from([xml.clone()]),
         ids: HashMap::new(),
@@ -79,6 +94,7 @@ pub(crate) fn check(
         family: Family::of(&d),
         top: d.top,
         top_sectors: None,
+        held,
     };
     let all: Vec<&Image> = d.images.iter().collect();
     let headers = checker.images(&d, &dir, &all, false)?;
@@ -89,12 +105,21 @@ pub(crate) fn check(
     }
     let merging = checker.marks(&d, &xml) | checker.merges(&d, &dir)?;
     leftovers(store.as_ref(), &dir, &checker.known, merging, checker.found)?;
-    open_top(opener, source, options, found)
+    match held {
+        // It is open.
+        Some(_) => Ok(()),
+        None => open_top(opener, source, options, found),
+    }
+}
+
+/// The way out of an image below others whose journal nothing replays.
+pub(crate) fn copy_it(guid: Guid) -> String {
+    format!("Copy what it shows: ploop convert DISK@{guid} TARGET --to ploop")
 }
 
 type Headers = HashMap<Guid, Header>;
 
-impl Checker<'_> {
+impl Checker<'_, '_> {
     /// Checks `images`, each on its own; gives the usable headers. `outer` are those of a parent
     /// volume.
     fn images(
@@ -105,6 +130,7 @@ impl Checker<'_> {
         outer: bool,
     ) -> Result<Headers> {
         let mut headers = Headers::new();
+        self.meter.expect(images.len() as u64);
         for image in images {
             let before = self.found.len();
             let named = dir.join(&image.file);
@@ -117,10 +143,15 @@ impl Checker<'_> {
                 Ok(None) => {}
                 Err(e) => self.unopened(&named, e)?,
             }
+            self.meter.add(1);
             self.owned(before, (!outer).then_some(image.guid));
             for f in self.found.since(before) {
                 if f.kind == "in-use" && !is_top {
                     f.what += "; it lies below others, and OpenVZ's tool merges nothing into it";
+                }
+                if f.kind == "journal" && !is_top {
+                    f.what += "; it lies below others, where nothing puts it into the image. ";
+                    f.what += &copy_it(image.guid);
                 }
             }
         }
@@ -149,7 +180,10 @@ impl Checker<'_> {
             self.found
                 .file("duplicate-file", Class::Corrupt, &real, what);
         }
-        lock_image(file.as_ref(), Use::Read)?;
+        // Our own lock on it would be in our way.
+        if self.held.is_none() {
+            lock_image(file.as_ref(), Use::Read)?;
+        }
         if raw {
             let (len, cluster) = (file.len()?, u64::from(self.cluster_sectors) * SECTOR);
             if !len.is_multiple_of(cluster) {
@@ -162,13 +196,17 @@ impl Checker<'_> {
             return Ok(None);
         }
         image::check_backup(store.as_ref(), &real, self.found)?;
-        let Some(header) = image::check(file.as_ref(), self.found)? else {
+        let in_use = self.held.is_some_and(|top| top == real);
+        let known = if in_use { &OF_USE[..] } else { &[] };
+        let Some(header) = image::check(file.as_ref(), known, self.found)? else {
             return Ok(None);
         };
         if is_top {
             self.top_sectors = Some(header.size_sectors);
         }
-        journal::check(store, &real, file.as_ref(), &header, self.found)?;
+        if !in_use {
+            journal::check(store, &real, file.as_ref(), &header, self.found)?;
+        }
         if header.cluster_sectors != self.cluster_sectors {
             let what = format!(
                 "clusters of {} sectors, the descriptor says {}",

@@ -11,8 +11,13 @@ use ploop::{Error, Kind, Result};
 
 use crate::report::{Finding, Findings};
 
-/// Checks the image; `None` when its header cannot be used. The file is open and locked.
-pub(crate) fn check(file: &dyn StoreFile, found: &mut Findings) -> Result<Option<Header>> {
+/// Checks the image; `None` when its header cannot be used. The file is open and locked. Of kinds in
+/// `known` nothing is said.
+pub(crate) fn check(
+    file: &dyn StoreFile,
+    known: &[&str],
+    found: &mut Findings,
+) -> Result<Option<Header>> {
     let scan = match check_image(file) {
         Ok(scan) => scan,
         Err(e) if e.kind() == Kind::Corrupt => {
@@ -32,7 +37,7 @@ pub(crate) fn check(file: &dyn StoreFile, found: &mut Findings) -> Result<Option
         .any(|f| f.kind == FindingKind::ConversionInterrupted);
     let marks = [FindingKind::ConversionInterrupted, FindingKind::InUse];
     for f in scan.findings {
-        if mixed && !marks.contains(&f.kind) {
+        if mixed && !marks.contains(&f.kind) || known.contains(&f.kind.name()) {
             continue;
         }
         add(f, found);

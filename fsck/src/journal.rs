@@ -50,7 +50,7 @@ pub(crate) fn check(
     let holds = format!("{clusters} clusters, {bytes} bytes of them written");
     match log.explain(file, &scan_image(file)?) {
         Ok(_) => {
-            let what = format!("a journal of {holds}: the next open replays it");
+            let what = format!("a journal of {holds}: every open reads them from there");
             found.file("journal", Class::Dirty, home.path(), what);
         }
         Err(e) if e.kind() == Kind::Corrupt => {

@@ -75,7 +75,7 @@ pub const KINDS: &[Kind] = &[
     kind("droppable-feature", &[Clean], "The extension has a feature that is not known here and that the first write drops; QEMU refuses to open the image.", "Nothing is needed."),
     kind("unknown-feature", &[Clean], "The image uses a feature that is not known here and must be kept: it can be read, not written.", "Nothing: only a program that knows the feature may change the image."),
     // The journal of an image.
-    kind("journal", &[Dirty], "The last writes are in the journal beside the image; every open reads them from there.", "Nothing: the next open for writing puts the journal into the image."),
+    kind("journal", &[Dirty], "The last writes are in the journal beside the image; every open reads them from there.", "Nothing: the next open for writing puts the journal of a top into its image; what an image below shows, `ploop convert DISK@SNAPSHOT TARGET --to ploop` copies."),
     kind("journal-damaged", &[Corrupt], "The journal cannot be read: what was flushed last is lost.", "Moves the journal to .ploop/lost+found, when asked to."),
     kind("journal-foreign", &[Corrupt], "The journal does not belong to the image as it is now, so it cannot be replayed.", "Moves the journal to .ploop/lost+found, when asked to; putting the image back as it was loses nothing."),
     kind("journal-holds", &[Corrupt], "These guest bytes are in a journal that cannot be replayed.", "See journal-foreign."),
@@ -123,6 +123,10 @@ pub const KINDS: &[Kind] = &[
     kind("copied-flag", &[Corrupt, Dirty], "An entry says wrongly whether its cluster has one owner: a write in place may change a snapshot.", "Nothing here: `qemu-img check -r all` on a copy counts them again."),
     kind("bad-snapshot-table", &[Corrupt], "The table of internal snapshots is damaged: what they hold cannot be counted. The current state can be read.", "Nothing here: `qemu-img check` on a copy."),
     kind("bad-bitmap-table", &[Corrupt], "The directory of bitmaps or a bitmap's table is damaged. The disk can be read.", "Nothing here: remove the bitmap; the next backup must be a full one."),
+    // The file system inside.
+    kind("fs-errors", &[Corrupt], "The file system inside is damaged: files may be lost or hold wrong bytes.", "Nothing here: serve the disk, and run the file system's own repair on it (e2fsck, xfs_repair)."),
+    kind("fs-unclean", &[Dirty], "The file system inside was not unmounted: the next mount replays its journal.", "Nothing here: mounting does it."),
+    kind("fs-unknown", &[Clean], "What is inside was not checked: it is no file system of a kind that is checked here, or it cannot be reached.", "Nothing is needed."),
 ];
 
 /// The kind of that name.

@@ -15,7 +15,8 @@
 //! * any other error: it could not be looked at (not there, in use, an I/O error).
 //!
 //! FINDINGS.md has the JSON and every kind of finding; [`kinds`] is the same table for programs.
-//! Not looked at: the content of clusters, and the file system inside.
+//! The content of clusters is not looked at, but by [`inside`], which has the guest's file system
+//! checked by that file system's own tool.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -23,22 +24,28 @@ mod descriptor;
 mod disk;
 mod family;
 mod image;
+pub mod inside;
 mod journal;
 pub mod kinds;
 mod names;
+mod progress;
 mod qcow2;
 pub mod repair;
 mod report;
+pub mod text;
 
 use ploop::disk::open::{Format, OpenOptions, Opener, Source};
 use ploop::format::qcow2::is_qcow2;
 use ploop::locks::{Use, lock_image};
 use ploop::store::Access;
 use ploop::{Error, Result};
+use std::path::Path;
 
 pub use ploop::verify::Class;
+pub use progress::{Progress, Stage};
 pub use report::{FINDINGS_MAX, Finding, Owners, Report, SNAPSHOTS_MAX};
 
+use progress::Meter;
 use report::Findings;
 
 /// Looks at an image, or at a disk with all its images and those of parent volumes that it needs.
@@ -48,6 +55,41 @@ use report::Findings;
 /// `NotFound` for the source itself; `Io`. A file that is missing or damaged below the source is a
 /// finding.
 pub fn check(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<Report> {
+    check_with(opener, source, options, &mut ())
+}
+
+/// The same for a disk that this process has open for writing with `top` as its top, and whose tree
+/// nobody changes meanwhile: no locks are asked for, and what its open top looks like while it is
+/// used is no finding (the mark, room ahead, clusters that memory or a journal knows).
+///
+/// Beside writers a finding of the top can be a change that was seen half. What is found while no
+/// change is under way ([`ploop::disk::Disk::barrier`]) is so.
+pub fn check_held(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    top: &Path,
+) -> Result<Report> {
+    look(opener, source, options, Some(top), &mut ())
+}
+
+/// [`check`], telling how far it is.
+pub fn check_with(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    progress: &mut dyn Progress,
+) -> Result<Report> {
+    look(opener, source, options, None, progress)
+}
+
+fn look(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    held: Option<&Path>,
+    progress: &mut dyn Progress,
+) -> Result<Report> {
     if source.snapshot.is_some() {
         return Err(
             Error::invalid("a check looks at all of a disk, not at one snapshot")
@@ -60,10 +102,13 @@ pub fn check(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<
         ..options.clone()
     };
     let mut found = Findings::default();
+    let mut meter = Meter::new(progress, Stage::Check, 0);
     if source.descriptor {
-        disk::check(opener, source, &options, &mut found)?;
+        disk::check(opener, source, &options, held, &mut found, &mut meter)?;
     } else {
+        meter.expect(1);
         check_image(opener, source, &options, &mut found)?;
+        meter.add(1);
     }
     Ok(found.into_report())
 }
@@ -90,7 +135,7 @@ fn check_image(
         Format::Qcow2 => qcow2::check(store.as_ref(), &real, options, found),
         Format::Ploop => {
             lock_image(file.as_ref(), Use::Read)?;
-            if let Some(header) = image::check(file.as_ref(), found)? {
+            if let Some(header) = image::check(file.as_ref(), &[], found)? {
                 journal::check(store, &real, file.as_ref(), &header, found)?;
             }
             image::check_backup(store.as_ref(), &real, found)

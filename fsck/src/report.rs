@@ -26,6 +26,17 @@ pub struct Report {
     pub class: Class,
     /// What was found, file by file; [`FINDINGS_MAX`] at most, and a last one that counts the rest.
     pub findings: Vec<Finding>,
+    /// The worst class of those that are only counted.
+    #[serde(skip)]
+    pub omitted: Option<Class>,
+}
+
+impl Report {
+    /// One thing more.
+    pub(crate) fn add(&mut self, finding: Finding) {
+        self.class = self.class.max(finding.class);
+        self.findings.push(finding);
+    }
 }
 
 /// One thing that was found.
@@ -126,6 +137,7 @@ pub(crate) struct Findings {
     class: Class,
     list: Vec<Finding>,
     omitted: u64,
+    worst_omitted: Option<Class>,
 }
 
 impl Default for Findings {
@@ -134,6 +146,7 @@ impl Default for Findings {
             class: Class::Clean,
             list: Vec::new(),
             omitted: 0,
+            worst_omitted: None,
         }
     }
 }
@@ -153,7 +166,10 @@ impl Findings {
         self.class = self.class.max(finding.class);
         match self.list.len() < FINDINGS_MAX {
             true => self.list.push(finding),
-            false => self.omitted += 1,
+            false => {
+                self.omitted += 1;
+                self.worst_omitted = self.worst_omitted.max(Some(finding.class));
+            }
         }
     }
 
@@ -194,6 +210,7 @@ impl Findings {
         Report {
             class: self.class,
             findings: self.list,
+            omitted: self.worst_omitted,
         }
     }
 }
@@ -259,6 +276,7 @@ mod tests {
         }
         let report = found.into_report();
         assert_eq!(report.class, Class::Corrupt);
+        assert_eq!(report.omitted, Some(Class::Corrupt));
         assert_eq!(report.findings.len(), FINDINGS_MAX + 1);
         assert_eq!(report.findings[FINDINGS_MAX].what, "… and 5 more findings");
     }

@@ -11,11 +11,13 @@
 //! * [`serve`]: the engine that executes requests, and the only place that knows the operating
 //!   system: sockets, threads, signals.
 //! * [`control`]: the HTTP/JSON API on a unix socket, and its client.
+//! * [`hold`]: the holder: a stable address for clients, in front of servers that come and go.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod control;
 pub mod export;
+pub mod hold;
 pub mod serve;
 pub mod session;
 pub mod wire;
@@ -26,4 +28,4 @@ mod sleepy;
 mod testing;
 
 pub use export::{ExportInfo, Exports, OpenExport};
-pub use serve::{Config, Connections, EngineKind, Server};
+pub use serve::{Config, Connections, EngineKind, Server, raise_file_limit};

@@ -8,7 +8,6 @@
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -16,8 +15,8 @@ use ploop::device::{
     Device, Extent, Layers, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment, ZeroMode,
 };
 use ploop::error::{Error, Result};
+use ploop::store::StoreFile;
 use ploop::store::ring::RingKey;
-use ploop::store::{FileId, StoreFile};
 
 use super::testing::FileDevice;
 
@@ -37,6 +36,8 @@ pub(crate) struct Mood {
     pub(crate) broken: Mutex<Option<Range<u64>>>,
     /// A ring may read the file; it does not wait for the test.
     pub(crate) rings: AtomicBool,
+    /// The host has no room for anything.
+    pub(crate) full: AtomicBool,
     /// The next flush panics.
     pub(crate) panics: AtomicBool,
     held: Mutex<bool>,
@@ -48,6 +49,15 @@ pub(crate) struct Mood {
 }
 
 impl Mood {
+    fn refuse_full(&self) -> Result<()> {
+        const ENOSPC: i32 = 28;
+        let full = || Error::io("write", "/", std::io::Error::from_raw_os_error(ENOSPC));
+        match self.full.load(SeqCst) {
+            true => Err(full()),
+            false => Ok(()),
+        }
+    }
+
     /// From now on cold reads and flushes wait.
     pub(crate) fn hold(&self) {
         *self.held.lock().unwrap() = true;
@@ -132,16 +142,9 @@ impl Layers for SleepyLayers {
 }
 
 impl StoreFile for SleepyFile {
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-
-    fn id(&self) -> FileId {
-        self.inner.id()
-    }
-
-    fn len(&self) -> Result<u64> {
-        self.inner.len()
+    ploop::delegate! {
+        path, id, len, write_at, sync, set_len, punch, zero, reserve, set_mode, next_data,
+        lock_bytes, unlock_bytes, foreign_lock,
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
@@ -167,50 +170,6 @@ impl StoreFile for SleepyFile {
     fn for_ring(&self, key: &RingKey) -> Option<BorrowedFd<'_>> {
         let may = self.mood.rings.load(SeqCst);
         self.inner.for_ring(key).filter(|_| may)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.inner.write_at(buf, offset)
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.inner.sync()
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.punch(offset, len)
-    }
-
-    fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.zero(offset, len)
-    }
-
-    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.reserve(offset, len)
-    }
-
-    fn set_mode(&self, mode: u32) -> Result<()> {
-        self.inner.set_mode(mode)
-    }
-
-    fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
-        self.inner.next_data(from, to)
-    }
-
-    fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.lock_bytes(offset, len)
-    }
-
-    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.unlock_bytes(offset, len)
-    }
-
-    fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {
-        self.inner.foreign_lock(offset, len)
     }
 }
 
@@ -242,10 +201,12 @@ impl Device for Sleepy {
     }
 
     fn prepare(&self, range: Range<u64>, segments: &mut Vec<WriteSegment>) -> Result<WriteLease> {
+        self.mood.refuse_full()?;
         self.inner.prepare(range, segments)
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
+        self.mood.refuse_full()?;
         self.inner.zero(range, mode)
     }
 

@@ -92,6 +92,9 @@ impl Exports for Counted {
             gate.recv().unwrap();
         }
         Ok(OpenExport {
+            gate: None,
+            space: None,
+            lives: None,
             device: Arc::new(device),
             name: name.strip_prefix("alias of ").unwrap_or(name).to_owned(),
             description: String::new(),

@@ -22,7 +22,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 use crate::gate::Pass;
+use crate::host::Paid;
 use crate::store::{StoreFile, read_or_zero};
+use crate::tracker::Tracker;
 
 /// A piece of a guest range and where its bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +126,9 @@ pub trait Pending: Send + Debug {
 pub trait Written: Send + Sync + Debug {
     /// Bytes of the file changed: the next flush must sync.
     fn wrote(&self);
+
+    /// A write was given up: some of its bytes may be there, or none.
+    fn given_up(&self);
 }
 
 /// A prepared write: permission to write to the segments, and the duty to commit. Dropping it
@@ -134,6 +139,7 @@ pub struct WriteLease {
     file: Arc<dyn StoreFile>,
     pending: Option<Box<dyn Pending>>,
     written: Option<Arc<dyn Written>>,
+    paid: Paid,
     /// Last, so that a barrier waits for all of the above.
     pass: Option<Pass>,
 }
@@ -145,30 +151,31 @@ impl WriteLease {
             file,
             pending: None,
             written: None,
+            paid: Paid::default(),
             pass: None,
         }
     }
 
     /// A write that ends in `pending.commit()`.
     pub fn allocating(file: Arc<dyn StoreFile>, pending: Box<dyn Pending>) -> WriteLease {
-        WriteLease {
-            pending: Some(pending),
-            ..WriteLease::in_place(file)
-        }
+        let mut lease = WriteLease::in_place(file);
+        lease.pending = Some(pending);
+        lease
     }
 
-    /// The same, telling `written` at its end.
-    #[must_use]
-    pub fn telling(mut self, written: Arc<dyn Written>) -> WriteLease {
+    /// It tells `written` at its end.
+    pub(crate) fn tell(&mut self, written: Arc<dyn Written>) {
         self.written = Some(written);
-        self
     }
 
-    /// The same, inside of a gate until its end.
-    #[must_use]
-    pub(crate) fn inside(mut self, pass: Pass) -> WriteLease {
+    /// It has room of the host that its bytes are to take.
+    pub(crate) fn pay(&mut self, paid: Paid) {
+        self.paid = paid;
+    }
+
+    /// It is inside of a gate until its end.
+    pub(crate) fn keep(&mut self, pass: Pass) {
         self.pass = Some(pass);
-        self
     }
 
     /// The file that the segments of this write are in.
@@ -186,10 +193,18 @@ impl WriteLease {
         if let Some(mut pending) = self.pending.take() {
             pending.commit()?;
         }
-        if let Some(written) = &self.written {
+        if let Some(written) = self.written.take() {
             written.wrote();
         }
         Ok(())
+    }
+}
+
+impl Drop for WriteLease {
+    fn drop(&mut self) {
+        if let Some(written) = &self.written {
+            written.given_up();
+        }
     }
 }
 
@@ -212,6 +227,15 @@ pub struct Extent {
     pub hole: bool,
     /// Reads as zeros.
     pub zero: bool,
+}
+
+/// Which layer has a piece of guest space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    /// Bytes; never 0.
+    pub len: u64,
+    /// 0: none has it. 1: the uppermost. n: the one n - 1 below that.
+    pub depth: u32,
 }
 
 /// A block device of bytes `0..size`. Ranges past the size are `Invalid`. Zero-length ranges do
@@ -254,6 +278,24 @@ pub trait Device: Send + Sync + Debug {
     /// The allocation state of `range`, from its start, in at most `limit` extents (so it may end
     /// early). Clears `extents` first; neighbours differ.
     fn allocation(&self, range: Range<u64>, limit: usize, extents: &mut Vec<Extent>) -> Result<()>;
+
+    /// Which layer has the bytes of `range`, as [`Device::allocation`]: what it has may be zeros that
+    /// take no space. A device without layers is one. Reads tables, no data.
+    fn depths(&self, range: Range<u64>, limit: usize, depths: &mut Vec<Depth>) -> Result<()> {
+        let mut extents = Vec::new();
+        self.allocation(range, limit, &mut extents)?;
+        depths.clear();
+        depths.extend(extents.iter().map(|e| Depth {
+            len: e.len,
+            depth: u32::from(!e.hole),
+        }));
+        Ok(())
+    }
+
+    /// The trackers of what is written here, with their bits as they are.
+    fn bitmaps(&self) -> Vec<Tracker> {
+        Vec::new()
+    }
 
     /// Reads a whole range: `map` and move.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -6,6 +6,7 @@
 //!       ├─ path      on which file
 //!       ├─ offset    at which byte of that file
 //!       ├─ fix       what to do next, where we know it
+//!       ├─ defect    of a descriptor: what is wrong with it, by name
 //!       └─ source    the cause below
 //! ```
 //!
@@ -14,6 +15,8 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::descriptor::Defect;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -81,13 +84,18 @@ impl Kind {
 
     fn of(e: &io::Error) -> Kind {
         match e.kind() {
-            io::ErrorKind::NotFound => Kind::NotFound,
+            // Where a file stands instead of a directory, nothing can be behind it.
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Kind::NotFound,
+            // Too long for a name.
+            io::ErrorKind::InvalidFilename => Kind::Invalid,
             io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => Kind::Exists,
             io::ErrorKind::PermissionDenied => Kind::Permission,
             io::ErrorKind::StorageFull
             | io::ErrorKind::QuotaExceeded
             | io::ErrorKind::FileTooLarge => Kind::NoSpace,
             io::ErrorKind::ReadOnlyFilesystem => Kind::ReadOnly,
+            // Links in a circle.
+            _ if e.raw_os_error() == Some(libc::ELOOP) => Kind::Invalid,
             io::ErrorKind::WouldBlock | io::ErrorKind::AddrInUse => Kind::InUse,
             _ => Kind::Io,
         }
@@ -103,6 +111,7 @@ struct Inner {
     path: Option<PathBuf>,
     offset: Option<u64>,
     fix: Option<String>,
+    defect: Option<Defect>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -115,6 +124,7 @@ impl Error {
             path: None,
             offset: None,
             fix: None,
+            defect: None,
             source: None,
         }))
     }
@@ -162,6 +172,13 @@ impl Error {
         self
     }
 
+    /// Adds what is wrong with a descriptor.
+    #[must_use]
+    pub(crate) fn with_defect(mut self, defect: Defect) -> Error {
+        self.0.defect = Some(defect);
+        self
+    }
+
     /// Adds the cause.
     #[must_use]
     pub fn caused_by(mut self, e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
@@ -199,6 +216,18 @@ impl Error {
     /// What to do next, where it is known.
     pub fn fix_text(&self) -> Option<&str> {
         self.0.fix.as_deref()
+    }
+
+    /// What is wrong with the descriptor, where it is about one that contradicts its format.
+    pub fn defect(&self) -> Option<Defect> {
+        self.0.defect
+    }
+
+    /// True when the host has no room, as opposed to a quota or an image that is full: it may have
+    /// some later, whatever the disk does.
+    pub fn is_host_full(&self) -> bool {
+        self.kind() == Kind::NoSpace
+            && matches!(self.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
     }
 
     /// The operating system's error number, if that is where it came from.

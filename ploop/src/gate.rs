@@ -2,7 +2,9 @@
 //!
 //! Passing costs two atomic additions. Whoever closes the gate waits until all who passed have left
 //! and is then alone; those who come meanwhile wait for the gate to open. There is one closer at a
-//! time, and nobody inside a closed gate may do I/O.
+//! time. Inside a closed gate there is no I/O, with three exceptions that say how much: a cluster that
+//! is moved or compared ([`crate::disk`], `moving`, `compact`), the end of growing, and the check of a
+//! damaged open image.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -98,14 +98,7 @@ impl DiskLock {
     /// on which this process answers the control API. Error: `InUse`, at once, naming the process
     /// that holds it.
     pub fn acquire(dir: &Path, control: Option<&Path>) -> Result<DiskLock> {
-        let side = dir.join(".ploop");
-        match fs::create_dir(&side) {
-            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("create directory", &side, e));
-            }
-            _ => {}
-        }
-        let (file, path) = open_lock(&side, true)?;
+        let (file, path) = make_lock(dir)?;
         let mut tries = 0;
         while !try_lock(&file, &path)? {
             let holder = Holder::read(&file);
@@ -128,6 +121,11 @@ impl DiskLock {
         Ok(lock)
     }
 
+    /// Makes the lock file of the disk in `dir`, if there is none; takes no lock.
+    pub fn prepare(dir: &Path) -> Result<()> {
+        make_lock(dir).map(drop)
+    }
+
     /// Who holds the lock of the disk in `dir` now; `None` when nobody does.
     pub fn holder(dir: &Path) -> Result<Option<Holder>> {
         let side = dir.join(".ploop");
@@ -135,11 +133,21 @@ impl DiskLock {
             return Ok(None);
         }
         let (file, path) = open_lock(&side, false)?;
-        if try_lock(&file, &path)? {
-            return Ok(None);
+        for _ in 0..TRIES {
+            if try_lock(&file, &path)? {
+                return Ok(None);
+            }
+            if let Some(holder) = Holder::read(&file) {
+                return Ok(Some(holder));
+            }
+            // Between taking the lock and writing its text there is none, and another who asks has
+            // the lock for an instant and writes none.
+            std::thread::sleep(TRY_AGAIN);
         }
-        // Between taking the lock and writing its text there is none: then ask again.
-        Ok(Some(Holder::read(&file).unwrap_or_default()))
+        Ok(Some(Holder {
+            who: "an unknown process".to_owned(),
+            control: None,
+        }))
     }
 
     fn write_holder(&self, control: Option<&Path>) -> Result<()> {
@@ -159,6 +167,18 @@ impl DiskLock {
         }
         file.write_all(text.as_bytes()).map_err(io)
     }
+}
+
+/// Opens the lock file of a disk, made if need be.
+fn make_lock(dir: &Path) -> Result<(File, PathBuf)> {
+    let side = dir.join(".ploop");
+    match fs::create_dir(&side) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(Error::io("create directory", &side, e));
+        }
+        _ => {}
+    }
+    open_lock(&side, true)
 }
 
 /// Opens the lock file of a disk. A disk directory can come from anybody: nothing of it may lead
@@ -223,8 +243,11 @@ impl Holder {
 
 impl Drop for DiskLock {
     fn drop(&mut self) {
-        // The lock goes with the descriptor in any case; the text is a hint.
+        // The text is a hint.
         drop(self.file.set_len(0));
+        // A process that is being started has a copy of the descriptor for an instant: closing ours
+        // would leave the lock to it.
+        drop(FileExt::unlock(&self.file));
     }
 }
 
@@ -243,6 +266,7 @@ fn start_time(pid: u32) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::store::memory::MemoryStore;
+    use crate::store::real::RealStore;
     use crate::store::{Access, Store};
 
     #[test]
@@ -269,6 +293,37 @@ mod tests {
         );
         drop(w);
         lock_image(open().as_ref(), Use::Write).unwrap();
+    }
+
+    /// Copies of this process's descriptors of `path`, as a process that is being started has them.
+    fn copies(path: &Path) -> Vec<rustix::fd::OwnedFd> {
+        use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+        let us = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+        let mut copies = Vec::new();
+        for entry in fs::read_dir("/proc/self/fd").unwrap().map(Result::unwrap) {
+            if fs::read_link(entry.path()).is_ok_and(|to| to == path) {
+                let fd = entry.file_name().to_str().unwrap().parse().unwrap();
+                copies.push(pidfd_getfd(&us, fd, PidfdGetfdFlags::empty()).unwrap());
+            }
+        }
+        assert!(!copies.is_empty());
+        copies
+    }
+
+    #[test]
+    fn a_lock_ends_at_its_close_whoever_copied_the_descriptor() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        drop(RealStore.create(&image, 0o600).unwrap());
+        let open = || RealStore.open(&image, Access::Write).unwrap();
+        let first = open();
+        lock_image(first.as_ref(), Use::Write).unwrap();
+        let disk = DiskLock::acquire(dir.path(), None).unwrap();
+        let copies = [copies(&image), copies(&dir.path().join(".ploop/lock"))];
+        drop((first, disk));
+        lock_image(open().as_ref(), Use::Write).unwrap();
+        drop(DiskLock::acquire(dir.path(), None).unwrap());
+        drop(copies);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `ploop create`: containers from a template or a snapshot. Each is one small image and a
 //! descriptor, whatever the size of what it is cloned from.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use ploop::descriptor::Guid;
@@ -131,7 +131,8 @@ pub fn create_containers_by(
     };
     let size = wanted_size(&disk, options.size)?;
     let clones: Vec<Planned> = names.iter().map(|name| Planned::new(root, name)).collect();
-    let grown = match size > disk.size {
+    let limits = disk.limits();
+    let grown = match size > disk.shows() {
         true => grow::layer_for(root, &mut disk, size, clones[0].id, progress)?,
         false => None,
     };
@@ -139,6 +140,7 @@ pub fn create_containers_by(
         root,
         disk,
         size,
+        limits,
         clones,
     };
     batch.make(durable)?;
@@ -198,13 +200,14 @@ fn taken(name: &str, target: &Path) -> Error {
 
 fn wanted_size(disk: &Sealed, size: Option<u64>) -> Result<u64> {
     let Some(size) = size else {
-        return Ok(disk.size);
+        return Ok(disk.shows());
     };
-    if size < disk.size {
+    if size < disk.shows() {
         return Err(Error::invalid(format!(
             "{size} bytes is less than the {} of {}: a disk cannot be smaller than what it is \
              cloned from",
-            disk.size, disk.shown
+            disk.shows(),
+            disk.shown
         )));
     }
     let cluster = u64::from(disk.cluster_sectors) * SECTOR;
@@ -232,7 +235,10 @@ impl Planned {
 struct Batch<'a> {
     root: &'a Root,
     disk: Sealed,
+    /// What the clones show; their images may have more.
     size: u64,
+    /// Size limits of the layers.
+    limits: BTreeMap<String, u64>,
     clones: Vec<Planned>,
 }
 
@@ -294,17 +300,18 @@ impl Batch<'_> {
     /// The directory of one container; with `sync`, durable on return but for its name.
     fn write_one(&self, dir: &Path, clone: &Planned, sync: bool) -> Result<()> {
         let store = self.root.store();
-        let header = Header::new(
-            self.disk.version,
-            self.disk.cluster_sectors,
-            self.size / SECTOR,
-        )?;
+        let size = self.size.max(self.disk.size);
+        let header = Header::new(self.disk.version, self.disk.cluster_sectors, size / SECTOR)?;
         let top = format!("root.hds.{}", Guid::from_bytes(clone.id.into_bytes()));
-        let descriptor = self.disk.describe(self.size, Some(&top))?;
-        let meta = Meta {
+        let descriptor = self.disk.describe(size, Some(&top))?;
+        let mut meta = Meta {
             id: Some(clone.id.to_string()),
+            sizes: self.limits.clone(),
             ..Meta::default()
         };
+        if self.size < size {
+            meta.sizes.insert(top.clone(), self.size);
+        }
         let side = dir.join(".ploop");
         store.create_dir(dir)?;
         store.create_dir(&side)?;

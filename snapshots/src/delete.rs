@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::merge::{self, Merge, Progress, Step};
 use crate::place::Place;
+use crate::quota;
 use crate::snapshot::Live;
 use crate::store::Root;
 
@@ -34,8 +35,16 @@ pub enum Deleted {
 /// descriptor without it; 4. its file is removed. Any other node: COMMIT: its mark.
 ///
 /// Errors, with nothing changed: `Invalid` for the top; `NotFound`; `InUse` when somebody reads a
-/// file that would be removed or rewritten.
+/// file that would be removed or rewritten, or a backup that has not ended needs the node.
 pub fn delete(live: Live<'_>, node: Guid) -> Result<Deleted> {
+    if let Some(backup) = live.place.meta()?.backups.get(&node.to_string()) {
+        return Err(backup.in_the_way(live.place, "this snapshot"));
+    }
+    delete_any(live, node)
+}
+
+/// The same for a backup's snapshot, too.
+pub(crate) fn delete_any(live: Live<'_>, node: Guid) -> Result<Deleted> {
     let place = live.place;
     {
         let _arranging = live.disk.arrange();
@@ -46,7 +55,11 @@ pub fn delete(live: Live<'_>, node: Guid) -> Result<Deleted> {
         refuse_top(place, &d, node)?;
         let marked = shot.temporary != Temporary::No;
         match d.children(node).len() {
-            0 => return remove_leaf(place, d, node).map(|()| Deleted::Gone),
+            0 => {
+                remove_leaf(place, d, node)?;
+                quota::recount_limited(place, live.disk);
+                return Ok(Deleted::Gone);
+            }
             1 if !marked => {}
             1 => return Ok(Deleted::Merging),
             n => {
@@ -187,6 +200,7 @@ pub fn run(live: Live<'_>, watch: &dyn Watch) -> Result<Ran> {
         if d.children(node).is_empty() {
             let _arranging = live.disk.arrange();
             remove_leaf(place, place.descriptor()?, node)?;
+            quota::recount_limited(place, live.disk);
             ran.removed += 1;
             continue;
         }
@@ -236,9 +250,11 @@ pub fn data_of(place: &Place<'_>) -> Result<u64> {
 pub fn below(place: &Place<'_>, d: &Descriptor, node: Guid, all: bool) -> Result<Vec<Guid>> {
     let chain: Vec<Guid> = d.chain(node)?.iter().map(|i| i.guid).collect();
     let mut found = Vec::new();
+    let backups = place.meta()?.backups;
     for pair in chain.windows(2) {
         let (parent, child) = (pair[0], pair[1]);
-        let alone = d.children(parent).len() == 1;
+        let needed = backups.contains_key(&parent.to_string());
+        let alone = d.children(parent).len() == 1 && !needed;
         let own = merge::is_own(d, child) && merge::is_own(d, parent);
         if alone && own {
             found.push(parent);

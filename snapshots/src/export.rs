@@ -194,6 +194,19 @@ struct Planned {
     file: String,
     raw: bool,
     meta: Option<SnapshotMeta>,
+    /// What it shows at most, if it was shrunk.
+    limit: Option<u64>,
+}
+
+impl Planned {
+    /// Its size limit, as the metadata of the copy has it.
+    fn size(&self) -> Option<(String, u64)> {
+        let key = match self.guid {
+            Guid::TOP => self.file.clone(),
+            guid => guid.to_string(),
+        };
+        Some((key, self.limit?))
+    }
 }
 
 impl Plan {
@@ -260,6 +273,7 @@ impl Plan {
             file: String::new(),
             raw: is_raw(d, image.guid),
             meta: meta.snapshot(image.guid).cloned(),
+            limit: meta.size_of(d, image.guid),
         });
         Ok(())
     }
@@ -302,7 +316,7 @@ impl Plan {
                 let what = "the image was not closed, and what was flushed last is in its journal";
                 let fix = match node.guid {
                     Guid::TOP => "Serve that disk once and stop the server, then export",
-                    _ => "Copy what it shows: ploop convert DISK@SNAPSHOT TARGET",
+                    _ => "Copy what it shows: ploop convert DISK@SNAPSHOT TARGET --to ploop",
                 };
                 return Err(Error::new(Kind::InUse, what).on(&node.path).fix(fix));
             }
@@ -348,7 +362,8 @@ impl Plan {
         }
         write_new(store, &dir.join(DESCRIPTOR), &self.describe(size)?.to_xml())?;
         store.sync_dir(dir)?;
-        Ok(size)
+        let top = self.nodes.iter().find(|n| n.guid == Guid::TOP);
+        Ok(top.and_then(|n| n.limit).unwrap_or(u64::MAX).min(size))
     }
 
     fn meta(&self) -> Meta {
@@ -356,6 +371,7 @@ impl Plan {
         let known = known.filter_map(|n| Some((n.guid.to_string(), n.meta.clone()?)));
         Meta {
             snapshots: known.collect(),
+            sizes: self.nodes.iter().filter_map(Planned::size).collect(),
             ..Meta::default()
         }
     }

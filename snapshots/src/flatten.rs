@@ -64,9 +64,10 @@ pub fn flatten(
     place.sweep()?;
     // 2.
     let work = root.work()?;
-    let header = Header::new(sealed.version, sealed.cluster_sectors, sealed.size / SECTOR)?;
+    // Of one that was shrunk, the one layer needs no more than it shows.
+    let header = Header::new(sealed.version, sealed.cluster_sectors, disk.size() / SECTOR)?;
     let new = NewLayer::with_header(root, &work, &header, None)?;
-    let (mut copied, mut hasher) = (0, Hasher::new(sealed.size));
+    let (mut copied, mut hasher) = (0, Hasher::new(disk.size()));
     let mut stopped = false;
     let done = pieces(&disk, progress, &mut |offset, bytes| {
         if cancelled() {
@@ -124,7 +125,9 @@ fn replace(
             id,
             guid: Guid::new_v4(),
             image: layer::path(root, id).join(IMAGE),
+            limit: None,
         }],
+        size: sealed.shows(),
         ..sealed.clone()
     };
     let staged = place

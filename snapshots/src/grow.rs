@@ -8,13 +8,13 @@
 use ploop::device::Device;
 use ploop::error::{Kind, Result};
 use ploop::format::ploop::Header;
-use ploop::store::{SECTOR, StoreFile};
+use ploop::store::SECTOR;
 use uuid::Uuid;
 
 use crate::layer::{self, IMAGE, NewLayer, Sealed, SealedLayer};
 use crate::store::{Root, Work, read_small, write_new};
 use crate::template::data_of;
-use crate::{convert, rootfs};
+use crate::{convert, resize, rootfs};
 
 /// What growing cost.
 #[derive(Clone, Debug)]
@@ -70,6 +70,7 @@ fn grown_layer(root: &Root, id: Uuid) -> SealedLayer {
         id,
         guid: ploop::descriptor::Guid::from_bytes(id.into_bytes()),
         image,
+        limit: None,
     }
 }
 
@@ -129,9 +130,11 @@ fn make(
         return Ok(None);
     }
     let below = before.below();
-    let header = Header::new(disk.version, disk.cluster_sectors, size / SECTOR)?;
+    // Of a disk that was shrunk the images are larger than what it shows.
+    let sectors = size.max(disk.size) / SECTOR;
+    let header = Header::new(disk.version, disk.cluster_sectors, sectors)?;
     let new = NewLayer::with_header(root, work, &header, below)?;
-    copy_changes(file.as_ref(), &before, &new.disk)?;
+    resize::copy_changes(file.as_ref(), &before, &new.disk, size)?;
     // The container to come refers to it; it refers to the layers that it stands on.
     let id = new.seal(root, owner)?;
     for l in &disk.layers {
@@ -139,33 +142,4 @@ fn make(
         layer::sync_references(root, l.id)?;
     }
     Ok(Some(id))
-}
-
-/// Writes to `after` every cluster in which `flat` differs from `before`.
-fn copy_changes(flat: &dyn StoreFile, before: &dyn Device, after: &dyn Device) -> Result<()> {
-    let cluster = after.cluster_bytes();
-    let (mut new, mut old) = (vec![0; cluster as usize], vec![0; cluster as usize]);
-    let mut at = 0;
-    while at < after.size() {
-        let in_before = at < before.size();
-        if !in_before {
-            // Past the old end only data counts: zeros need no cluster.
-            match flat.next_data(at, after.size())? {
-                None => break,
-                Some(data) => at = (data.start / cluster * cluster).max(at),
-            }
-        }
-        let n = (after.size() - at).min(cluster) as usize;
-        ploop::store::read_or_zero(flat, &mut new[..n], at)?;
-        old.fill(0);
-        let m = before.size().saturating_sub(at).min(n as u64) as usize;
-        if m > 0 {
-            before.read(at, &mut old[..m])?;
-        }
-        if new[..n] != old[..n] {
-            after.write(at, &new[..n])?;
-        }
-        at += n as u64;
-    }
-    Ok(())
 }

@@ -49,6 +49,11 @@ impl Hasher {
         }
     }
 
+    /// Adds that there is nothing at `offset` where there could be something of a disk below.
+    pub(crate) fn mark(&mut self, offset: u64) {
+        self.sha.update((offset | 1 << 63).to_le_bytes());
+    }
+
     /// The hash as metadata has it.
     pub(crate) fn text(self) -> String {
         let hex = self.sha.finalize();

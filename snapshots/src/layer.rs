@@ -1,5 +1,6 @@
 //! Sealed layers: image files that any number of disks stand on.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use ploop::format::ploop::{Header, Version, create};
 use ploop::store::{Access, SECTOR};
 use uuid::Uuid;
 
+use crate::meta::Meta;
 use crate::store::{Root, Work, move_dir};
 
 /// The image's name in its layer directory.
@@ -157,6 +159,8 @@ pub(crate) struct SealedLayer {
     /// Its node's name, in every tree that it is in.
     pub(crate) guid: Guid,
     pub(crate) image: PathBuf,
+    /// What it shows at most, if it was shrunk.
+    pub(crate) limit: Option<u64>,
 }
 
 /// A chain of layers: what a template is, what a shared snapshot is, and what is cloned.
@@ -166,7 +170,7 @@ pub(crate) struct Sealed {
     pub(crate) shown: String,
     /// What opens it.
     pub(crate) source: Source,
-    /// Virtual size in bytes.
+    /// Virtual size of its images in bytes; [`Sealed::shows`] may be less.
     pub(crate) size: u64,
     pub(crate) cluster_sectors: u32,
     pub(crate) version: Version,
@@ -195,6 +199,7 @@ impl Sealed {
             encryption: d.encryption.clone(),
             layers: Vec::new(),
         };
+        let meta = Meta::read(root.store(), dir)?;
         for image in d.chain(node)? {
             let path = root.store().resolve(&dir.join(&image.file))?;
             let id = of(root, &path).ok_or_else(|| {
@@ -208,9 +213,22 @@ impl Sealed {
                 id,
                 guid: image.guid,
                 image: path,
+                limit: meta.size_of(d, image.guid),
             });
         }
         Ok(sealed)
+    }
+
+    /// What it shows as its size, in bytes.
+    pub(crate) fn shows(&self) -> u64 {
+        let limit = self.layers.last().and_then(|l| l.limit);
+        limit.unwrap_or(u64::MAX).min(self.size)
+    }
+
+    /// The size limits of its layers, as the metadata of a disk on them has them.
+    pub(crate) fn limits(&self) -> BTreeMap<String, u64> {
+        let limits = self.layers.iter().filter_map(|l| Some((l.guid, l.limit?)));
+        limits.map(|(g, bytes)| (g.to_string(), bytes)).collect()
     }
 
     /// The uppermost layer.

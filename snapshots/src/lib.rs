@@ -4,7 +4,8 @@
 //!  template::import ─┐                    ┌─ clone::create_containers    list
 //!  rootfs (dir, tar) ├─ layers/UUID ──────┤                              remove
 //!  convert (images) ─┤   sealed, shared   └─ grow (a larger size, once)   hash
-//!  share (snapshots) ┘       └─ flatten
+//!  share (snapshots) ┘       └─ flatten                                   resize
+//!  stream (send, receive)      backup (and restore)
 //!                              store::Root: names, locks, work directories
 //! ```
 //!
@@ -12,28 +13,40 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod backup;
+pub mod check;
 pub mod clone;
+pub mod compact;
 pub mod convert;
 pub mod delete;
+pub mod diff;
+pub mod enlarge;
 pub mod export;
 mod flatten;
 pub mod foretell;
 pub mod grow;
 pub mod hash;
 mod layer;
+pub mod life;
+pub mod limits;
 pub mod list;
 pub mod merge;
 pub mod meta;
 pub mod name;
 pub mod place;
+pub mod quota;
 pub mod remove;
 pub mod rename;
+pub mod resize;
 pub mod rootfs;
 pub mod share;
 pub mod snapshot;
+pub mod space;
 pub mod store;
+pub mod stream;
 pub mod switch;
 pub mod template;
+pub mod tracker;
 pub mod tree;
 mod uses;
 

@@ -27,6 +27,8 @@ pub struct ContainerEntry {
     pub template: Option<String>,
     /// Images from base to top.
     pub depth: usize,
+    /// What its files may take of the host, in bytes; 0 without a quota.
+    pub quota: u64,
     /// Why the rest is not known: the container is damaged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -53,6 +55,8 @@ pub struct TemplateEntry {
     pub filesystem: Option<String>,
     /// First byte of the filesystem.
     pub partition_offset: u64,
+    /// The filesystem was given user and group quota.
+    pub user_quota: bool,
     /// When it was imported, in seconds since 1970.
     pub created: u64,
     /// What it was imported from.
@@ -100,6 +104,7 @@ fn described(root: &Root, name: String, templates: &Templates) -> Option<Contain
             data: 0,
             template: None,
             depth: 0,
+            quota: 0,
             error: Some(e.to_string()),
         })
     })
@@ -171,6 +176,7 @@ fn container(root: &Root, name: String, templates: &Templates) -> Result<Contain
         data: 0,
         template,
         depth: chain.len(),
+        quota: meta.quota.unwrap_or(0),
         error: None,
     };
     for image in &d.images {
@@ -180,7 +186,8 @@ fn container(root: &Root, name: String, templates: &Templates) -> Result<Contain
         }
         if image.guid == d.top {
             let (header, _) = read_header(root.store().open(&path, Access::Read)?.as_ref())?;
-            entry.size = header.size();
+            let limit = meta.size_of(&d, d.top).unwrap_or(u64::MAX);
+            entry.size = header.size().min(limit);
         }
     }
     Ok(entry)
@@ -228,7 +235,7 @@ fn template_among(root: &Root, name: &str, disks: &[Found]) -> Result<TemplateEn
         |(is_template, uses): &&(bool, &Uses)| !is_template && uses.is_clone_of(top, &own);
     Ok(TemplateEntry {
         name: name.to_owned(),
-        size: disk.size,
+        size: disk.shows(),
         data: layers.iter().map(|l| l.data).sum(),
         cluster: u64::from(disk.cluster_sectors) * SECTOR,
         clones: known.iter().filter(is_clone).count(),
@@ -236,6 +243,7 @@ fn template_among(root: &Root, name: &str, disks: &[Found]) -> Result<TemplateEn
         content: meta.content,
         filesystem: meta.filesystem,
         partition_offset: meta.partition_offset,
+        user_quota: meta.user_quota,
         created: meta.created,
         source: meta.source,
     })

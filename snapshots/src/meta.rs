@@ -5,11 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use ploop::descriptor::Guid;
+use ploop::descriptor::{Descriptor, Guid};
+use ploop::disk::open::size_key;
 use ploop::error::{Error, Kind, Result};
 use ploop::store::Store;
 use serde::{Deserialize, Serialize};
 
+use crate::backup::{Base, Pending};
+use crate::limits::Limits;
 use crate::store::{read_small, write_new};
 
 const BYTES_MAX: u64 = 64 << 20;
@@ -28,10 +31,30 @@ pub struct Meta {
     /// Names and descriptions, by the snapshot's GUID.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub snapshots: BTreeMap<String, SnapshotMeta>,
+    /// What the disk may take of its host, in bytes; no limit when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota: Option<u64>,
+    /// Images of this disk that became layers of the store: they stay charged to it for as long as
+    /// its descriptor lists them.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub charged: BTreeSet<String>,
     /// Files of this disk's directory that operations of ours made or mean to remove. One that the
     /// descriptor does not name is a leftover.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub files: BTreeSet<String>,
+    /// What nodes show as their size, in bytes, where that is less than their images have: they were
+    /// shrunk. By GUID, the top's by its image's file ([`size_key`]).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sizes: BTreeMap<String, u64>,
+    /// Who tracks its writes, by the id that files have; the bits are with the top's image.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub trackers: BTreeMap<String, TrackerMeta>,
+    /// Backups that have not ended, by the GUID of the snapshot that each is of.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub backups: BTreeMap<String, Pending>,
+    /// Of its I/O.
+    #[serde(default, skip_serializing_if = "Limits::is_default")]
+    pub limits: Limits,
     /// What another version wrote.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
@@ -52,6 +75,9 @@ pub struct SnapshotMeta {
     /// The group that it was made with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<Group>,
+    /// The hash of what it shows, where that is known: it was received.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
     /// What another version wrote.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
@@ -66,6 +92,24 @@ pub struct Group {
     pub members: Vec<String>,
 }
 
+/// What is known of a tracker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrackerMeta {
+    /// Its name; unique among the trackers of the disk.
+    pub name: String,
+    /// Bytes that a bit stands for.
+    pub granularity: u64,
+    /// When it was started, in seconds since 1970.
+    #[serde(default)]
+    pub started: u64,
+    /// The backup after which everything that was written has its bit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<Base>,
+    /// What another version wrote.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, serde_json::Value>,
+}
+
 /// What is known of a template.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateMeta {
@@ -73,12 +117,15 @@ pub struct TemplateMeta {
     pub created: u64,
     /// What it was imported from, as the user wrote it.
     pub source: String,
-    /// `ext4` when it was built from a root filesystem.
+    /// `ext4` when it was built from a root filesystem, or given quota.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filesystem: Option<String>,
     /// First byte of the filesystem on the disk.
     #[serde(default)]
     pub partition_offset: u64,
+    /// The filesystem counts by user and group.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub user_quota: bool,
     /// What `ploop template verify` compares with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
@@ -132,6 +179,17 @@ impl Meta {
     pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
         serde_json::to_vec_pretty(self)
             .map_err(|e| Error::invalid("metadata that JSON cannot hold").caused_by(e))
+    }
+
+    /// What `node` shows at most; what its image has, if there is nothing here.
+    pub fn size_of(&self, d: &Descriptor, node: Guid) -> Option<u64> {
+        self.sizes.get(&size_key(d, node)).copied()
+    }
+
+    /// The unfinished backup that has the tracker with this id.
+    pub fn backup_with(&self, tracker: &str) -> Option<&Pending> {
+        let has = |p: &&Pending| p.tracker.as_ref().is_some_and(|u| u.id == tracker);
+        self.backups.values().find(has)
     }
 
     /// What is known of the snapshot `guid`.

@@ -9,17 +9,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ploop::descriptor::{Descriptor, Guid, Image, Temporary, new_delta_file_name};
 use ploop::disk::Disk;
-use ploop::disk::open::{DESCRIPTOR, MERGING, OpenOptions, Opener, Source};
+use ploop::disk::open::{DESCRIPTOR, MERGING, OpenOptions, Opener, Source, size_key};
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::journal;
 use ploop::locks::DiskLock;
 use ploop::store::Store;
 
 use crate::meta::Meta;
-use crate::store::{Root, write_new};
+use crate::store::{Root, remove_tree, write_new};
 
 /// The new descriptor before it is renamed over the old one: OpenVZ's name for it.
 const TEMPORARY: &str = "DiskDescriptor.xml.tmp";
+/// In `.ploop`: where an operation works on copies.
+const ROOM: &str = "work";
 
 /// See the module text.
 #[derive(Debug)]
@@ -35,14 +37,7 @@ pub struct Place<'a> {
 impl<'a> Place<'a> {
     /// Container `name` of a store. Error: `NotFound`.
     pub fn container(root: &'a Root, name: &str) -> Result<Place<'a>> {
-        crate::name::check(name)?;
-        let dir = root.container(name);
-        if root.store().kind(&dir)?.is_none() {
-            let what = format!("there is no container {name}");
-            return Err(Error::new(Kind::NotFound, what)
-                .on(dir)
-                .fix("`ploop list` shows what there is"));
-        }
+        let dir = root.existing_container(name)?;
         Ok(Place {
             opener: root.opener(),
             root: Some(root),
@@ -182,6 +177,12 @@ impl<'a> Place<'a> {
         self.store().sync_dir(&self.dir)
     }
 
+    /// Removes what an interrupted operation left of its work copies: they may be as large as the disk.
+    /// The caller holds the disk's lock.
+    pub fn clear_room(&self) -> Result<()> {
+        remove_tree(self.store(), &self.room())
+    }
+
     /// Removes a file of the directory; one that is not there is fine.
     pub fn forget_file(&self, name: &str) -> Result<()> {
         match self.store().remove_file(&self.dir.join(name)) {
@@ -256,6 +257,11 @@ impl<'a> Place<'a> {
         new_delta_file_name(first, Guid::new_v4())
     }
 
+    /// A directory for work copies; who makes it holds the disk's lock and removes it.
+    pub(crate) fn room(&self) -> PathBuf {
+        self.dir.join(".ploop").join(ROOM)
+    }
+
     /// Removes what interrupted operations left: staged files, and files of ours that neither the
     /// descriptor names nor anybody will. The caller holds the disk's lock.
     ///
@@ -264,15 +270,18 @@ impl<'a> Place<'a> {
     /// one was put in force again.
     pub fn sweep(&self) -> Result<()> {
         self.forget_file(TEMPORARY)?;
+        self.clear_room()?;
         let mut meta = self.meta()?;
         let d = self.descriptor()?;
         let named = |file: &str| d.images.iter().any(|i| i.file == file);
         let left: Vec<String> = meta.files.iter().filter(|f| !named(f)).cloned().collect();
         let markers = self.stale_markers(&d)?;
         let stale = |guid: &str| Guid::parse(guid).map_or(true, |g| d.shot(g).is_none());
-        let known = meta.snapshots.len();
+        let known = meta.snapshots.len() + meta.sizes.len();
         meta.snapshots.retain(|guid, _| !stale(guid));
-        let listed = !left.is_empty() || meta.snapshots.len() != known;
+        let top = size_key(&d, d.top);
+        meta.sizes.retain(|key, _| *key == top || !stale(key));
+        let listed = !left.is_empty() || meta.snapshots.len() + meta.sizes.len() != known;
         if !listed && markers.is_empty() {
             return Ok(());
         }

@@ -11,7 +11,7 @@ use ploop::store::{Access, StoreFile};
 use uuid::Uuid;
 
 use crate::store::{Root, move_dir, remove_tree, sync_moves};
-use crate::{layer, name, template, uses};
+use crate::{layer, template, uses};
 
 /// Removes a container and its data: [`remove_containers`] for one.
 pub fn remove_container(root: &Root, name: &str) -> Result<()> {
@@ -48,14 +48,7 @@ pub fn remove_containers(root: &Root, names: &[String]) -> Result<()> {
 
 /// Steps 1 and 2 for one container; its name is not durably gone on return.
 fn put_away(root: &Root, name: &str) -> Result<()> {
-    name::check(name)?;
-    let dir = root.container(name);
-    if root.store().kind(&dir)?.is_none() {
-        let what = format!("there is no container {name}");
-        return Err(Error::new(Kind::NotFound, what)
-            .on(dir)
-            .fix("`ploop list` shows what there is"));
-    }
+    let dir = root.existing_container(name)?;
     let _held = root.lock_disk(&dir)?;
     let _free = lock_images(root, &dir)?;
     // COMMIT

@@ -94,6 +94,7 @@ pub(crate) fn share_locked(place: &Place<'_>, node: Guid, _lock: &StoreLock) -> 
     let owner = id(place)?;
     let mut meta = place.meta()?;
     meta.files.extend(own.iter().map(|i| i.file.clone()));
+    meta.charged.extend(own.iter().map(|i| i.guid.to_string()));
     place.set_meta(&meta)?;
     // 2. and 3.
     let mut made = Vec::new();

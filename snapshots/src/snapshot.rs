@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ploop::descriptor::{Descriptor, Guid};
 use ploop::device::Device;
 use ploop::disk::Disk;
-use ploop::disk::live::Sealing;
+use ploop::disk::live::{Barrier, Sealing};
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::header::IN_USE_DIRTY;
 use ploop::format::ploop::top::Top;
@@ -62,9 +62,28 @@ pub struct Live<'a> {
     pub disk: &'a Disk,
 }
 
+/// What else happens with a snapshot of one disk. The disk is arranged by the caller all the time.
+pub(crate) trait Along {
+    /// In step 2: enters what is to be durable with the snapshot's name; taken back with it. An error
+    /// ends all of it.
+    fn enter(&self, meta: &mut Meta) -> Result<()>;
+    /// In step 4, while the gate is closed: no I/O. An error ends all of it.
+    fn at(&self, gate: &Barrier<'_>) -> Result<()>;
+    /// Behind step 7. After an error the snapshot stays.
+    fn committed(&self) -> Result<()>;
+}
+
 /// A snapshot of one open disk, as [`take_group`].
 pub fn take(live: Live<'_>, new: &NewSnapshot) -> Result<Taken> {
-    let mut taken = take_group(&[live], new)?;
+    only(take_all(&[live], new, None)?)
+}
+
+/// The same, with what else happens then.
+pub(crate) fn take_with(live: Live<'_>, new: &NewSnapshot, along: &dyn Along) -> Result<Taken> {
+    only(take_all(&[live], new, Some(along))?)
+}
+
+fn only(mut taken: Vec<Taken>) -> Result<Taken> {
     taken
         .pop()
         .ok_or_else(|| Error::invalid("a snapshot of no disk"))
@@ -90,6 +109,10 @@ pub fn take(live: Live<'_>, new: &NewSnapshot) -> Result<Taken> {
 /// others not; the members' metadata says which belong together. An error before 4 leaves all as
 /// it was; one after it latches that disk (see [`ploop::disk::live`]).
 pub fn take_group(all: &[Live<'_>], new: &NewSnapshot) -> Result<Vec<Taken>> {
+    take_all(all, new, None)
+}
+
+fn take_all(all: &[Live<'_>], new: &NewSnapshot, along: Option<&dyn Along>) -> Result<Vec<Taken>> {
     let all = in_one_order(all)?;
     if all.len() > 1 && new.guid.is_some() {
         return Err(Error::invalid(
@@ -104,24 +127,20 @@ pub fn take_group(all: &[Live<'_>], new: &NewSnapshot) -> Result<Vec<Taken>> {
     // 1. to 3.
     let mut prepared: Vec<Prepared> = Vec::new();
     for live in &all {
-        match prepare(*live, new, group.clone()) {
+        match prepare(*live, new, group.clone(), along) {
             Ok(p) => prepared.push(p),
             Err(e) => {
-                for (live, p) in all.iter().zip(&prepared) {
-                    p.undo.undo(live.place);
-                }
+                take_back(&all, &prepared);
                 return Err(e);
             }
         }
     }
     // 4.
     let start = Instant::now();
-    let sealings = match barrier(&all, &prepared) {
+    let sealings = match barrier(&all, &prepared, along) {
         Ok(sealings) => sealings,
         Err(e) => {
-            for (live, p) in all.iter().zip(&prepared) {
-                p.undo.undo(live.place);
-            }
+            take_back(&all, &prepared);
             return Err(e);
         }
     };
@@ -141,7 +160,19 @@ pub fn take_group(all: &[Live<'_>], new: &NewSnapshot) -> Result<Vec<Taken>> {
         }
         taken.push(p.taken(live.place.shown(), pause));
     }
-    failed.map_or(Ok(taken), Err)
+    if let Some(e) = failed {
+        return Err(e);
+    }
+    along.map_or(Ok(()), |along| along.committed())?;
+    Ok(taken)
+}
+
+/// No barrier was passed.
+fn take_back(all: &[Live<'_>], prepared: &[Prepared]) {
+    for (live, p) in all.iter().zip(prepared) {
+        p.undo.undo(live.place);
+        p.top.held().back(p.top.held().own());
+    }
 }
 
 /// By directory, each once: two groups at a time then wait for each other instead of for ever.
@@ -157,18 +188,23 @@ fn in_one_order<'a>(all: &[Live<'a>]) -> Result<Vec<Live<'a>>> {
     Ok(all)
 }
 
-fn barrier(all: &[Live<'_>], prepared: &[Prepared]) -> Result<Vec<Sealing>> {
+fn barrier(
+    all: &[Live<'_>],
+    prepared: &[Prepared],
+    along: Option<&dyn Along>,
+) -> Result<Vec<Sealing>> {
     let gates: Vec<_> = all.iter().map(|l| l.disk.barrier()).collect();
     let mut sealings: Vec<Sealing> = Vec::new();
     for (gate, p) in gates.iter().zip(prepared) {
-        match gate.push_top(p.top.clone()) {
-            Ok(sealing) => sealings.push(sealing),
-            Err(e) => {
-                for (gate, sealing) in gates.iter().zip(sealings) {
-                    gate.pull_top(sealing);
-                }
-                return Err(e);
+        let pushed = gate.push_top(p.top.clone()).and_then(|sealing| {
+            sealings.push(sealing);
+            along.map_or(Ok(()), |along| along.at(gate))
+        });
+        if let Err(e) = pushed {
+            for (gate, sealing) in gates.iter().zip(sealings) {
+                gate.pull_top(sealing);
             }
+            return Err(e);
         }
     }
     Ok(sealings)
@@ -227,7 +263,12 @@ pub fn depth_note(depth: usize) -> Option<String> {
     })
 }
 
-fn prepare(live: Live<'_>, new: &NewSnapshot, group: Option<Group>) -> Result<Prepared> {
+fn prepare(
+    live: Live<'_>,
+    new: &NewSnapshot,
+    group: Option<Group>,
+    along: Option<&dyn Along>,
+) -> Result<Prepared> {
     let place = live.place;
     // 1.
     place.sweep()?;
@@ -237,12 +278,20 @@ fn prepare(live: Live<'_>, new: &NewSnapshot, group: Option<Group>) -> Result<Pr
     let guid = new.guid.unwrap_or_else(Guid::new_v4);
     let file = Place::new_file_name(&d);
     refuse_name(place, &d, &before, new.name.as_deref())?;
+    let limit = before.size_of(&d, d.top);
     d.push_overlay(guid, file.clone())
         .map_err(|e| e.on(place.dir()))?;
     let depth = d.chain(d.top)?.len();
     // 2.
     let mut meta = before.clone();
     enter(&mut meta, guid, new, group, &file);
+    if let Some(bytes) = limit {
+        meta.sizes.insert(guid.to_string(), bytes);
+        meta.sizes.insert(file.clone(), bytes);
+    }
+    if let Some(along) = along {
+        along.enter(&mut meta)?;
+    }
     place.set_meta(&meta)?;
     // 3.
     let undo = Undo { file, meta: before };
@@ -280,7 +329,7 @@ fn prepare_files(live: Live<'_>, next: &Descriptor, file: &str) -> Result<Top> {
     live.disk.complete(u64::MAX, usize::MAX)?;
     live.disk.flush()?;
     let home = place.opener().home(&place.dir().join(file));
-    Ok(Top::fresh(new, &header, home))
+    Top::fresh(new, &header, home).charged_to(top.held().account().clone())
 }
 
 /// Enters a snapshot, and the file that is made with it.

@@ -9,6 +9,8 @@
 //!   layers/UUID/refs/UUID     one empty file for each disk or layer that stands on it
 //!   layers/UUID/grown/BYTES   names the cached layer that grows this one to that size
 //!   tmp/UUID/                 work in progress; whoever works there holds a flock on it
+//!   tmp/receive-NAME/         a stream that was cut and may go on
+//!   reserve                   room that is kept for what must not fail ([`ploop::store::reserved`])
 //! ```
 //!
 //! A disk appears and disappears by one rename of its directory: out of `tmp`, into `tmp`. A
@@ -17,13 +19,17 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fs2::FileExt;
 use ploop::disk::open::{OpenOptions, Opener};
 use ploop::error::{Error, Kind, Result};
 use ploop::locks::DiskLock;
+use ploop::store::reserved::Reserve;
 use ploop::store::{EntryKind, Store};
 use uuid::Uuid;
+
+use crate::stream::PREFIX;
 
 /// Where a store is when nothing else is said.
 pub const DEFAULT_ROOT: &str = "/var/lib/ploop";
@@ -38,6 +44,7 @@ const ROOMS: [&str; 4] = ["templates", "containers", "layers", "tmp"];
 pub struct Root {
     dir: PathBuf,
     opener: Opener,
+    reserve: Arc<Reserve>,
     locks: bool,
 }
 
@@ -87,7 +94,13 @@ impl Root {
         if made {
             store.sync_dir(&dir)?;
         }
-        Ok(Root { dir, opener, locks })
+        let (opener, reserve) = opener.reserving(&dir);
+        Ok(Root {
+            dir,
+            opener,
+            reserve,
+            locks,
+        })
     }
 
     /// The store's directory, resolved.
@@ -98,6 +111,11 @@ impl Root {
     /// What opens disks of this store, and shares their layers.
     pub fn opener(&self) -> &Opener {
         &self.opener
+    }
+
+    /// The store's reserve. Whoever serves the store fills it.
+    pub fn reserve(&self) -> &Arc<Reserve> {
+        &self.reserve
     }
 
     pub(crate) fn store(&self) -> &dyn Store {
@@ -116,6 +134,19 @@ impl Root {
     /// The directory of a container.
     pub fn container(&self, name: &str) -> PathBuf {
         self.dir.join("containers").join(name)
+    }
+
+    /// The directory of a container that must be there. Errors: `Invalid` for no name, `NotFound`.
+    pub(crate) fn existing_container(&self, name: &str) -> Result<PathBuf> {
+        crate::name::check(name)?;
+        let dir = self.container(name);
+        if self.store().kind(&dir)?.is_none() {
+            let what = format!("there is no container {name}");
+            return Err(Error::new(Kind::NotFound, what)
+                .on(dir)
+                .fix("`ploop list` shows what there is"));
+        }
+        Ok(dir)
     }
 
     /// The directory of a template.
@@ -173,6 +204,15 @@ impl Root {
         })
     }
 
+    /// The flock on a directory of `tmp`, where there are locks; the outer `None` when somebody
+    /// holds it.
+    pub(crate) fn lock_room(&self, path: &Path) -> Result<Option<Option<File>>> {
+        match self.locks {
+            true => Ok(lock_dir(path)?.map(Some)),
+            false => Ok(Some(None)),
+        }
+    }
+
     /// The names in a room, those that are no valid name left out.
     pub(crate) fn names(&self, room: &str) -> Result<Vec<String>> {
         let list = self.store().list(&self.dir.join(room))?;
@@ -187,13 +227,13 @@ impl Root {
     /// space, nothing else.
     pub(crate) fn collect_tmp(&self) -> Result<()> {
         for name in self.store().list(&self.dir.join("tmp"))? {
+            // Not interrupted: it may go on.
+            if name.to_str().is_some_and(|n| n.starts_with(PREFIX)) {
+                continue;
+            }
             let path = self.dir.join("tmp").join(name);
             // Without locks there is nobody else, and who calls this is not at work yet.
-            let free = match self.locks {
-                true => lock_dir(&path).map(|lock| lock.map(Some)),
-                false => Ok(Some(None)),
-            };
-            if let Ok(Some(_lock)) = free
+            if let Ok(Some(_lock)) = self.lock_room(&path)
                 && let Err(e) = remove_tree(self.store(), &path)
             {
                 tracing::warn!(error = %e, "a leftover of interrupted work stays");
@@ -286,6 +326,20 @@ pub(crate) fn sync_moves(store: &dyn Store, from: &Path, to: &Path) -> Result<()
         store.sync_dir(dir)?;
     }
     Ok(())
+}
+
+/// Refuses to begin a copy of `bytes` that would fill the file system of `dir`, which has `available`
+/// left: others write there meanwhile. Error: `NoSpace`.
+pub(crate) fn refuse_full(dir: &Path, bytes: u64, available: u64) -> Result<()> {
+    /// One part in so many is left.
+    const SPARE: u64 = 20;
+    if bytes <= available - available / SPARE {
+        return Ok(());
+    }
+    let what = format!("a copy of the data needs {bytes} bytes, and the host has {available} left");
+    Err(Error::new(Kind::NoSpace, what)
+        .on(dir)
+        .fix("Make room on the host: it is needed only meanwhile"))
 }
 
 /// Writes a new small file and makes its bytes durable.

@@ -18,12 +18,15 @@ use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create};
 use ploop::locks::{Use, lock_image};
 use ploop::store::{Access, SECTOR, StoreFile};
+use ploop::tracker::bitmap::Bitmap;
 use serde::Serialize;
 
+use crate::life;
 use crate::meta::{Meta, SnapshotMeta};
 use crate::place::{Place, now};
 use crate::share;
 use crate::snapshot::{depth_note, refuse_name};
+use crate::tracker;
 
 /// What a branch that was put aside is called, with a number, when nothing else is said.
 const ASIDE: &str = "rollback-";
@@ -78,7 +81,7 @@ pub struct Kept {
 ///    kept, closed cleanly;
 /// 2. metadata: the name of the branch that is kept, the file that is made, the file that is
 ///    dropped; durable;
-/// 3. the new image and the next descriptor, durable;
+/// 3. the new image and the next descriptor, durable; the disk's life is forgotten ([`life`]);
 /// 4. COMMIT: that descriptor is in force;
 /// 5. the dropped file is removed.
 ///
@@ -113,6 +116,7 @@ pub fn switch(place: &Place<'_>, options: &SwitchOptions) -> Result<Switched> {
         .open(&source, &place.open_options(false))
         .map_err(|e| e.while_doing(format_args!("open snapshot {}", options.to)))?;
     let header = header_on(place, &d, to)?;
+    let changed = tracker::changed(place, &meta, to, header.size());
     let old = OldTop::take(place, &d)?;
     let fate = old.fate(place, &d, options)?;
     if fate == Fate::Keep {
@@ -120,7 +124,7 @@ pub fn switch(place: &Place<'_>, options: &SwitchOptions) -> Result<Switched> {
     }
     let plan = Plan::make(place, d, &meta, to, &header, &old, fate, options)?;
     // 2. to 4.
-    plan.carry_out(place, &meta, &header)?;
+    plan.carry_out(place, &meta, &header, (&old, changed.as_ref()))?;
     // 5.
     if let Fate::Drop { .. } = fate {
         drop(old.file);
@@ -272,11 +276,13 @@ impl OldTop {
 }
 
 /// Whether the parent of a top without any cluster shows all that the top does: a node that stays,
-/// of the same size (a top that was grown says that much).
+/// of the same size (a top that was grown or shrunk says that much).
 fn says_the_same(place: &Place<'_>, d: &Descriptor, top: &Header) -> Result<bool> {
     let parent = d.shot(d.top).and_then(|s| d.shot(s.parent));
+    let meta = place.meta()?;
     match parent.filter(|p| p.temporary == Temporary::No) {
-        Some(parent) => Ok(header_on(place, d, parent.guid)?.size() == top.size()),
+        Some(parent) => Ok(header_on(place, d, parent.guid)?.size() == top.size()
+            && meta.size_of(d, parent.guid) == meta.size_of(d, d.top)),
         None => Ok(false),
     }
 }
@@ -322,6 +328,10 @@ impl Plan {
             next: d,
         };
         plan.meta.files.insert(plan.new_file.clone());
+        if let Some(bytes) = before.size_of(&plan.next, to) {
+            plan.meta.sizes.insert(plan.new_file.clone(), bytes);
+        }
+        let limit = before.size_of(&plan.next, plan.next.top);
         let edited = match fate {
             Fate::Drop { .. } => {
                 plan.meta.files.insert(old.image.file.clone());
@@ -337,6 +347,9 @@ impl Plan {
                     ..SnapshotMeta::default()
                 };
                 plan.meta.snapshots.insert(guid.to_string(), entry);
+                if let Some(bytes) = limit {
+                    plan.meta.sizes.insert(guid.to_string(), bytes);
+                }
                 plan.kept = Some(Kept {
                     guid: guid.to_string(),
                     name: Some(name),
@@ -350,14 +363,24 @@ impl Plan {
     }
 
     /// Steps 2 to 4. What fails before the commit is taken back.
-    fn carry_out(&self, place: &Place<'_>, before: &Meta, header: &Header) -> Result<()> {
+    fn carry_out(
+        &self,
+        place: &Place<'_>,
+        before: &Meta,
+        header: &Header,
+        (old, changed): (&OldTop, Option<&Bitmap>),
+    ) -> Result<()> {
         // 2.
         let prepared = place.set_meta(&self.meta).and_then(|()| {
             // 3.
             let path = place.dir().join(&self.new_file);
-            drop(create(place.store(), &path, header, 0o600)?);
+            let new = create(place.store(), &path, header, 0o600)?;
+            tracker::carry_to_image(place, old.file.as_deref(), new, &|bits| {
+                changed.map_or_else(|| bits.set_all(), |changed| bits.add(changed));
+            })?;
             place.stage(&self.next)?;
-            place.store().sync_dir(place.dir())
+            place.store().sync_dir(place.dir())?;
+            life::forget(place.store(), place.dir())
         });
         if let Err(e) = prepared {
             let undone = place
@@ -394,6 +417,7 @@ impl Plan {
         damage: Option<String>,
     ) -> Result<Switched> {
         let depth = self.next.chain(self.next.top)?.len();
+        let limit = self.meta.size_of(&self.next, self.next.top);
         let mut notes: Vec<String> = depth_note(depth).into_iter().collect();
         let discarded_bytes = match fate {
             Fate::Keep => 0,
@@ -416,7 +440,7 @@ impl Plan {
             kept: self.kept,
             discarded_bytes,
             new_file: self.new_file,
-            size: header.size(),
+            size: limit.unwrap_or(u64::MAX).min(header.size()),
             depth,
             notes,
         })

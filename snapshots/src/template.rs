@@ -41,8 +41,8 @@ pub enum ImportSource {
 pub struct ImportOptions {
     /// Cluster size in sectors; a power of two from 64 to 131072.
     pub cluster_sectors: u32,
-    /// For a root filesystem: size, partition, label. For a disk only `size` counts, and must be
-    /// unset or no less than the disk's.
+    /// For a root filesystem: size, partition, label, quota. For a disk only `size` counts, which
+    /// must be unset or no less than the disk's, and `user_quota`, which must be ext4's.
     pub build: BuildOptions,
     /// For a disk: how to open it.
     pub open: OpenOptions,
@@ -74,8 +74,8 @@ pub enum ImportStep {
 
 /// Makes template `name`. Durable on return.
 ///
-/// 1. in a work directory: build the filesystem, copy it into a new layer, close, sync. What is
-///    copied is hashed on its way, so verifying later compares with the source, not with what the
+/// 1. in a work directory: build the filesystem, or give quota to a copy of the disk; copy it into a
+///    new layer, close, sync. What is copied is hashed on its way, so verifying later compares with the source, not with what the
 ///    copy made of it, and nothing is read twice;
 /// 2. move the layer to `layers/UUID`, with the template's reference in it, durable;
 /// 3. in the work directory: the descriptor and metadata, durable;
@@ -104,7 +104,17 @@ pub fn import(
     // 1.
     let mut entries = 0;
     let from = match source {
-        ImportSource::Disk(source) => open_disk(root, source, options)?,
+        ImportSource::Disk(source) => {
+            let disk = open_disk(root, source, options)?;
+            if options.build.user_quota {
+                let (disk, offset) = with_quota(root, &work, &disk, progress)?;
+                meta.filesystem = Some("ext4".into());
+                meta.partition_offset = offset;
+                disk
+            } else {
+                disk
+            }
+        }
         ImportSource::Root(source) => {
             let room = work.path().join("build");
             root.store().create_dir(&room)?;
@@ -113,13 +123,10 @@ pub fn import(
             entries = built.entries;
             meta.filesystem = Some("ext4".into());
             meta.partition_offset = built.partition_offset;
-            let file = root
-                .store()
-                .open(&root.store().resolve(&built.image)?, Access::Read)?;
-            let chain = ploop::chain::Chain::new(vec![Arc::new(RawDelta::new(file)?)])?;
-            Disk::sealed(Arc::new(chain))
+            raw_disk(root, &built.image)?
         }
     };
+    meta.user_quota = options.build.user_quota;
     let cluster = u64::from(options.cluster_sectors) * SECTOR;
     let size = from.size().max(options.build.size.unwrap_or(0));
     let size = size.checked_next_multiple_of(cluster);
@@ -149,6 +156,7 @@ pub fn import(
             id,
             guid: Guid::from_bytes(owner.into_bytes()),
             image: image.clone(),
+            limit: None,
         }],
     };
     // 3. and 4.
@@ -198,6 +206,32 @@ fn open_disk(root: &Root, source: &Source, options: &ImportOptions) -> Result<Di
     Ok(disk)
 }
 
+/// A raw file as a disk.
+fn raw_disk(root: &Root, image: &Path) -> Result<Disk> {
+    let file = root
+        .store()
+        .open(&root.store().resolve(image)?, Access::Read)?;
+    let chain = ploop::chain::Chain::new(vec![Arc::new(RawDelta::new(file)?)])?;
+    Ok(Disk::sealed(Arc::new(chain)))
+}
+
+/// A copy of `disk` whose filesystem counts by user and group, and where that filesystem begins.
+fn with_quota(
+    root: &Root,
+    work: &Work<'_>,
+    disk: &Disk,
+    progress: &dyn Fn(ImportStep),
+) -> Result<(Disk, u64)> {
+    let image = work.path().join("quota.raw");
+    let file = root.store().create(&image, 0o600)?;
+    file.set_len(disk.size())?;
+    let report = |done, total| progress(ImportStep::Copy(done, total));
+    // Only for the tools, by way of the page cache: what is to last is copied from it.
+    convert::copy_to_file(disk, file.as_ref(), &report)?;
+    let offset = rootfs::add_quota(&image)?;
+    Ok((raw_disk(root, &image)?, offset))
+}
+
 /// The last steps of making a template: `sealed` is referred to by `owner` and durable.
 fn publish(
     root: &Root,
@@ -211,11 +245,17 @@ fn publish(
     let dir = work.path().join("disk");
     store.create_dir(&dir)?;
     write_new(store, &dir.join(DESCRIPTOR), &describe(sealed)?.to_xml())?;
-    let meta = Meta {
+    let mut meta = Meta {
         id: Some(owner.to_string()),
         template: Some(template),
+        sizes: sealed.limits(),
         ..Meta::default()
     };
+    // The uppermost layer is the template's top.
+    if sealed.shows() < sealed.size {
+        meta.sizes
+            .insert(layer::named(sealed.top()?.id), sealed.shows());
+    }
     // Last: it makes all names in the directory durable, the descriptor's too.
     meta.write(store, &dir)?;
     // COMMIT
@@ -263,6 +303,7 @@ pub fn from_snapshot(root: &Root, name: &str, container: &str, snapshot: &str) -
         origin: origin.ids.iter().next().map(Uuid::to_string),
         filesystem: below.filesystem,
         partition_offset: below.partition_offset,
+        user_quota: below.user_quota,
         ..TemplateMeta::default()
     };
     // 2.
@@ -293,7 +334,7 @@ pub fn from_snapshot(root: &Root, name: &str, container: &str, snapshot: &str) -
     let data = sealed.layers.iter().map(|l| data_of(root, &l.image));
     Ok(Imported {
         dir: root.template(name),
-        size: sealed.size,
+        size: sealed.shows(),
         data: data.sum::<Result<u64>>()?,
         entries: 0,
     })

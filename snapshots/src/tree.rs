@@ -160,7 +160,10 @@ pub fn tree(place: &Place<'_>) -> Result<Tree> {
     let depth = nodes.iter().find(|n| n.top).map_or(0, |n| n.depth);
     Ok(Tree {
         disk: place.shown().to_owned(),
-        size: looked.get(&d.top).map_or(0, |top| top.size),
+        size: looked
+            .get(&d.top)
+            .map_or(0, |top| top.size)
+            .min(meta.size_of(&d, d.top).unwrap_or(u64::MAX)),
         depth,
         exclusive: nodes.iter().map(|n| n.exclusive).sum(),
         shared: nodes.iter().map(|n| n.shared).sum(),

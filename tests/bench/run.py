@@ -7,7 +7,10 @@ Sections: io (fio on data that is there), light (the same by a client that costs
 thin and cow (first writes, as a burst and with all of the bill), cold (reads that the cache does
 not have, and reads beside them), tcp, copy (nbdcopy), depth (deep chains), clones (a thousand in
 one call), open (start to first read), idle (exports and clients at rest), live (snapshots of a disk
-that is written to), merge; and when asked for clusters (ploop alone, with clusters of each size).
+that is written to), limits (rates that are set, and how two share a budget), quota (what the
+neighbour of a full container notices), hold (what the holder costs), merge, stream (send into
+receive, beside what copies files), tracker (what a tracked write costs); and when asked for clusters
+(ploop alone, with clusters of each size).
 Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring), qemu-storage-daemon, nbdkit (file, cow, null), nbd-server (with copyonwrite).
 Needs: fio, qemu-utils, nbdkit, nbd-server, libnbd-bin; builds the release binaries itself. A tool
 that is missing, or a peer that does not run, is an error; a peer that is left out by --without has
@@ -35,21 +38,28 @@ import cold
 import copying
 import depth
 import fresh
+import hold
 import idle
 import lightly
+import limits
 import live
 import merge
 import opening
+import quota
 import servers
+import streams
 import tcp
 import tools
+import trackers
 import traffic
 
 SECTIONS = {
     "io": traffic.section, "light": lightly.section, "thin": fresh.thin, "cow": fresh.cow,
     "cold": cold.section, "tcp": tcp.section, "copy": copying.section, "depth": depth.section,
     "clones": clones.section, "open": opening.section, "idle": idle.section,
-    "live": live.section, "merge": merge.section, "check": checking.section,
+    "live": live.section, "limits": limits.section, "quota": quota.section, "hold": hold.section,
+    "merge": merge.section, "stream": streams.section, "check": checking.section,
+    "tracker": trackers.section,
     "clusters": clusters.section,
 }
 #: Run when asked for.

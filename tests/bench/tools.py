@@ -25,6 +25,7 @@ PACKAGES = {
     "fio": "fio", "qemu-nbd": "qemu-utils", "qemu-img": "qemu-utils", "qemu-io": "qemu-utils",
     "qemu-storage-daemon": "qemu-utils", "nbdkit": "nbdkit", "nbd-server": "nbd-server",
     "nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "mke2fs": "e2fsprogs",
+    "/usr/bin/time": "time",
 }
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CLUSTER = 64 * KIB

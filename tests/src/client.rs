@@ -1,6 +1,7 @@
 //! An NBD client in a hundred lines, able to misbehave: options and requests go out exactly as the
 //! test wrote them.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
@@ -87,6 +88,8 @@ pub struct Reply {
     pub content: Vec<(u64, Vec<u8>)>,
     /// The extents of the first context.
     pub extents: Vec<Extent>,
+    /// Those of the others, by their ids.
+    pub others: BTreeMap<u32, Vec<Extent>>,
 }
 
 impl Reply {
@@ -182,8 +185,10 @@ fn take_chunk(header: &Chunk, style: Style, payload: &[u8], reply: &mut Reply) {
         }
         k if k == chunk::status_kind(style) => {
             let (id, extents) = chunk::parse_status(style, payload).unwrap();
-            assert_eq!(id, 1);
-            reply.extents = extents;
+            match id {
+                1 => reply.extents = extents,
+                id => assert_eq!(reply.others.insert(id, extents), None, "context {id} twice"),
+            }
         }
         k => {
             let with_offset = k == chunk_kind::ERROR_OFFSET;
@@ -228,6 +233,12 @@ impl Client {
 
     /// Connects and opens an export; `base:allocation` is selected where the style allows it.
     pub fn open(path: &Path, export: &str, style: Style) -> Client {
+        Client::open_with(path, export, style, &["base:allocation"])
+    }
+
+    /// The same with these contexts, all of which there must be. Their ids are in that order, or the
+    /// server's order is another: then it is a panic.
+    pub fn open_with(path: &Path, export: &str, style: Style, contexts: &[&str]) -> Client {
         let mut client = Client::connect(path);
         let (wanted, mut meta) = match style {
             Style::Simple => (None, Vec::new()),
@@ -236,8 +247,16 @@ impl Client {
         };
         if let Some(option) = wanted {
             assert_eq!(client.option(option, &[]).last().unwrap().0, answer::ACK);
-            MetaRequest::emit(export, &["base:allocation"], &mut meta);
-            assert_eq!(client.option(opt::SET_META_CONTEXT, &meta).len(), 2);
+            MetaRequest::emit(export, contexts, &mut meta);
+            let answers = client.option(opt::SET_META_CONTEXT, &meta);
+            let said = answers
+                .last()
+                .map(|(_, text)| String::from_utf8_lossy(text));
+            assert_eq!(answers.len(), contexts.len() + 1, "{export:?}: {said:?}");
+            for (id, (context, (_, data))) in (1u32..).zip(contexts.iter().zip(&answers)) {
+                let told = [&id.to_be_bytes(), context.as_bytes()].concat();
+                assert_eq!(*data, told, "{context}");
+            }
         }
         client.go(export).unwrap();
         client.style = style;

@@ -68,6 +68,37 @@ impl Case {
         self.text("read")
     }
 
+    /// Whether its files may be opened only where the caller allows them to lie.
+    pub fn needs_allow(&self) -> bool {
+        self.read_rule() == "needs-permission" || self.text("group") == "volume"
+    }
+
+    /// The nodes that can be read: `top` and GUIDs.
+    pub fn nodes(&self) -> Vec<String> {
+        match self.hashes().into_keys().collect::<Vec<_>>() {
+            none if none.is_empty() => vec!["top".into()],
+            some => some
+                .into_iter()
+                .filter(|n| !n.starts_with("snapshot:"))
+                .collect(),
+        }
+    }
+
+    /// Whether reading a node may end so: with the right bytes, with others, or with an error. An
+    /// error must name its file.
+    pub fn accepts(&self, node: &str, read: &ploop::Result<bool>) -> bool {
+        let right = matches!(read, Ok(true));
+        let ok = match self.read_rule() {
+            "exact" | "needs-permission" => right,
+            "exact-or-refuse" => right || read.is_err(),
+            "refuse" | "fault" => read.is_err() || (node != "top" && right),
+            "any" => true,
+            rule => panic!("{}: unknown rule {rule}", self.name),
+        };
+        let named = read.as_ref().err().is_none_or(|e| e.path().is_some());
+        ok && named
+    }
+
     /// Unpacks the case into a fresh directory.
     pub fn unpack(&self) -> TempDir {
         let tmp = tempfile::Builder::new()

@@ -136,6 +136,16 @@ impl Mounted {
         Mounted::run(tool("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]))
     }
 
+    /// An empty ext4 of `bytes` in a new file `image`, nothing of it kept for root.
+    pub fn ext4(image: &Path, bytes: u64) -> Mounted {
+        need_root();
+        fs::File::create(image).unwrap().set_len(bytes).unwrap();
+        run(tool("mke2fs")
+            .args(["-q", "-t", "ext4", "-b", "4096", "-m", "0"])
+            .arg(image));
+        Mounted::new(image, "loop")
+    }
+
     fn run(command: &mut Command) -> Mounted {
         let dir = tempfile::Builder::new()
             .prefix("ploop-mnt-")
@@ -195,5 +205,49 @@ impl MountedExport {
     pub fn unmount(self) -> NbdFile {
         drop(self.mounted);
         self.file
+    }
+}
+
+/// Takes all the room of a file system, to the last block, until it is dropped.
+#[derive(Debug)]
+pub struct Filler {
+    path: PathBuf,
+}
+
+impl Filler {
+    /// Fills the file system that `dir` is on, up to `leave` bytes.
+    pub fn new(dir: &Path, leave: u64) -> Filler {
+        let filler = Filler {
+            path: dir.join(format!("filler-{leave}")),
+        };
+        filler.take(leave);
+        filler
+    }
+
+    /// Takes what there is now, up to `leave` bytes.
+    pub fn take(&self, leave: u64) {
+        use rustix::fs::{FallocateFlags, fallocate, statvfs};
+        let file = fs::File::options();
+        let file = file.clone().create(true).append(true).open(&self.path);
+        let file = file.unwrap();
+        for piece in [16 << 20, 1 << 20, 64 << 10, 4096] {
+            loop {
+                let stat = statvfs(&self.path).unwrap();
+                if stat.f_bavail * stat.f_frsize < leave + piece && leave > 0 {
+                    break;
+                }
+                let end = file.metadata().unwrap().len();
+                if fallocate(&file, FallocateFlags::empty(), end, piece).is_err() {
+                    break;
+                }
+            }
+        }
+        file.sync_all().unwrap();
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        drop(fs::remove_file(&self.path));
     }
 }

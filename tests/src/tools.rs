@@ -10,11 +10,14 @@ use serde_json::Value;
 /// Tool → Debian package.
 const PACKAGES: &[(&str, &str)] = &[
     ("debootstrap", "debootstrap"),
+    ("debugfs", "e2fsprogs"),
     ("dumpe2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("fio", "fio"),
     ("fsfreeze", "util-linux"),
     ("mke2fs", "e2fsprogs"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
     ("nbdinfo", "libnbd-bin"),
@@ -26,6 +29,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("sgdisk", "gdisk"),
     ("valgrind", "valgrind"),
+    ("xfs_db", "xfsprogs"),
 ];
 
 /// A command for a required tool. Panics with the line that installs it when it is missing.
@@ -84,6 +88,14 @@ pub fn ploopd() -> Command {
         .env("LC_ALL", "C")
         .env_remove("PLOOP_ROOT")
         .env_remove("RUST_LOG");
+    command
+}
+
+/// A command for the `fsck.ploop` of this checkout, as [`ploop()`].
+pub fn fsck_ploop() -> Command {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let mut command = Command::new(BUILT.get_or_init(|| build("ploop-fsck", "fsck-ploop")));
+    command.env("LC_ALL", "C");
     command
 }
 

@@ -9,6 +9,7 @@ use ploop::Kind;
 use ploop::descriptor::Guid;
 use ploop::disk::open::{OpenOptions, Opener, Source};
 use ploop_tests::corpus::{self, Case};
+use ploop_tests::damage::state::walk;
 
 /// Cases whose class is not an accepted one, and why. Adding a check takes cases off this list;
 /// nothing may come onto it.
@@ -56,21 +57,11 @@ fn verdict(case: &Case, dir: &Path) -> (String, Vec<String>) {
     }
 }
 
-/// Every file below `dir`: length and modification time.
+/// Everything below `dir`: length and modification time.
 fn state(dir: &Path) -> BTreeMap<PathBuf, (u64, std::time::SystemTime)> {
-    let mut out = BTreeMap::new();
-    let mut todo = vec![dir.to_path_buf()];
-    while let Some(dir) = todo.pop() {
-        for entry in std::fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            let meta = std::fs::symlink_metadata(&path).unwrap();
-            if meta.is_dir() {
-                todo.push(path.clone());
-            }
-            out.insert(path, (meta.len(), meta.modified().unwrap()));
-        }
-    }
-    out
+    let all = walk(dir).into_iter();
+    all.map(|(path, meta)| (path, (meta.len(), meta.modified().unwrap())))
+        .collect()
 }
 
 #[test]

@@ -95,8 +95,8 @@ fn every_case_becomes_the_right_raw_file_or_nothing() {
     for case in corpus::cases() {
         let tmp = case.unpack();
         let dir = fs::canonicalize(tmp.path()).unwrap();
-        let rule = case.read_rule().to_owned();
-        let needs_allow = rule == "needs-permission" || case.text("group") == "volume";
+        let rule = case.read_rule();
+        let needs_allow = case.needs_allow();
         let options = OpenOptions {
             allow: if needs_allow {
                 vec![dir.clone()]
@@ -105,24 +105,9 @@ fn every_case_becomes_the_right_raw_file_or_nothing() {
             },
             ..OpenOptions::default()
         };
-        let nodes: Vec<String> = match case.hashes().into_keys().collect::<Vec<_>>() {
-            none if none.is_empty() => vec!["top".into()],
-            some => some
-                .into_iter()
-                .filter(|n| !n.starts_with("snapshot:"))
-                .collect(),
-        };
-        for node in nodes {
+        for node in case.nodes() {
             let verdict = right(&case, &dir, &node, &options);
-            let ok = match (rule.as_str(), &verdict) {
-                ("exact" | "needs-permission", v) => matches!(v, Ok(true)),
-                ("exact-or-refuse", v) => matches!(v, Ok(true) | Err(_)),
-                ("refuse" | "fault", v) => v.is_err() || (node != "top" && matches!(v, Ok(true))),
-                ("any", _) => true,
-                (rule, _) => panic!("{}: unknown rule {rule}", case.name),
-            };
-            let named = verdict.as_ref().err().is_none_or(|e| e.path().is_some());
-            if !ok || !named {
+            if !case.accepts(&node, &verdict) {
                 wrong.push(format!("{} {node} [{rule}]: {verdict:?}", case.name));
             }
         }

@@ -55,31 +55,16 @@ fn every_case_reads_exactly_or_is_refused_with_the_file_named() {
     for case in corpus::cases() {
         let tmp = case.unpack();
         let dir = std::fs::canonicalize(tmp.path()).unwrap();
-        let rule = case.read_rule().to_owned();
-        let needs_allow = rule == "needs-permission" || case.text("group") == "volume";
-        let nodes: Vec<String> = match case.hashes().into_keys().collect::<Vec<_>>() {
-            none if none.is_empty() => vec!["top".into()],
-            some => some
-                .into_iter()
-                .filter(|n| !n.starts_with("snapshot:"))
-                .collect(),
-        };
-        for node in nodes {
+        let rule = case.read_rule();
+        let needs_allow = case.needs_allow();
+        for node in case.nodes() {
             let known = case.hashes().contains_key(&node);
             let verdict = match known {
                 true => right(&case, &dir, &node, needs_allow),
                 false => open(&case, &dir, &node, needs_allow)
                     .and_then(|d| corpus::blocks_digest(&d).map(|_| false)),
             };
-            let ok = match (rule.as_str(), &verdict) {
-                ("exact" | "needs-permission", v) => matches!(v, Ok(true)),
-                ("exact-or-refuse", v) => matches!(v, Ok(true) | Err(_)),
-                ("refuse" | "fault", v) => v.is_err() || (node != "top" && matches!(v, Ok(true))),
-                ("any", _) => true,
-                (rule, _) => panic!("{}: unknown rule {rule}", case.name),
-            };
-            let named = verdict.as_ref().err().is_none_or(|e| e.path().is_some());
-            if !ok || !named {
+            if !case.accepts(&node, &verdict) {
                 wrong.push(format!("{} {node} [{rule}]: {verdict:?}", case.name));
             }
             if std::env::var_os("PLOOP_CORPUS_VERBOSE").is_some() {

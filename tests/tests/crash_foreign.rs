@@ -105,7 +105,7 @@ fn states(store: &RecordingStore, point: usize, limit: u64, rng: &mut Rng) -> Ve
     let budget = Budget {
         exhaustive_units: 6,
         seeded: 20,
-        seed: rng.number(),
+        seed: rng.bits(),
     };
     let mut all: Vec<CrashState> = store.states_at(point, &budget).collect();
     all.sort_by_key(|s| s.kept().len());

@@ -3,9 +3,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fsck::Class;
@@ -14,11 +13,12 @@ use ploop::disk::open::{OpenOptions, Opener};
 use ploop::store::memory::MemoryStore;
 use ploop::store::recording::{Budget, RecordingStore};
 use ploop::store::{Access, Store};
+use ploop_fuzz::base::Base;
+use ploop_fuzz::files::{Files, files};
+use ploop_fuzz::guest::read;
 use ploop_tests::crash::env;
 use ploop_tests::crash::proof::{Proof, Scenario};
-use ploop_tests::damage::guest::read;
-use ploop_tests::damage::state::files;
-use ploop_tests::damage::{Base, bases};
+use ploop_tests::damage::bases;
 
 const UNDO: &str = "/undo/first";
 
@@ -59,8 +59,6 @@ fn apply(opener: &Opener, base: &Base, undo: &str) -> Result<Vec<Range<u64>>, St
         .flat_map(|s| s.lost.iter().chain(&s.suspect).cloned())
         .collect())
 }
-
-type Files = BTreeMap<PathBuf, (u64, String)>;
 
 struct First {
     start: MemoryStore,

@@ -68,6 +68,7 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
     let history = History::new(&store, fx.initial.clone(), fx.closed());
     let mut runner = Runner::new(fx, store.store(), &history);
     let mut first: Option<ploop::Error> = None;
+    let mut growing = false;
     let mut latched = false;
     let mut points = Vec::new();
     let mut closed = false;
@@ -90,6 +91,8 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
                     Kind::Io
                 };
                 assert_eq!(e.kind(), kind, "{step:?}: {e}");
+                // Once its header is another, the image must be read anew.
+                growing = matches!(step, Step::Grow(_));
                 latched = runner.is_open() && e.what().starts_with("sync");
                 runner.trust_cache = !e.what().starts_with("sync");
                 points.push(store.log().len());
@@ -98,7 +101,7 @@ fn run(fx: &Fixture, steps: &[Step], case: Case, n: u64) -> Outcome {
             Err(e) => {
                 let first = first.as_ref().unwrap();
                 assert!(
-                    must_latch(fx, first),
+                    growing || must_latch(fx, first),
                     "{step:?} fails: {e}, after one failure: {first}"
                 );
                 assert_eq!(e.kind(), Kind::Latched, "{step:?}: {e}");
@@ -174,6 +177,14 @@ fn every_call(case: Case) {
     ] {
         let fx = Fixture::new(version, shape, overlay, workload::STORY_CLUSTERS);
         for (name, steps) in workload::stories() {
+            let mut fx = fx.clone();
+            if steps
+                .iter()
+                .any(|s| matches!(s, Step::Grow(_) | Step::Compact))
+            {
+                // Clusters that were moved before it failed leave holes, which are used again.
+                fx.findings.push(FindingKind::UnreferencedClusters);
+            }
             for n in 0.. {
                 println!("{}, {name}, {case:?}, call {n}", fx.name);
                 let outcome = run(&fx, &steps, case, n);

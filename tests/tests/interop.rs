@@ -199,7 +199,10 @@ fn nbdinfo_describes_an_image() {
     ] {
         assert_eq!(export[key], value, "{key}");
     }
-    assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
+    assert_eq!(
+        export["contexts"],
+        serde_json::json!(["base:allocation", "qemu:allocation-depth"])
+    );
     let (mib, data) = (1 << 20, 128 << 10);
     // The second piece is as long as its blocks in the file: the rest of its cluster is sparse.
     let rows = map(&uri);

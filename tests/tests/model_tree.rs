@@ -71,6 +71,7 @@ fn every_node_of_every_container_reads_what_it_must() {
             ("raw bases", 2),
             ("refused: in use", 5),
             ("compared all", 60),
+            ("compared by maps", 200),
         ],
     );
 }

@@ -14,8 +14,9 @@ use ploop::Kind;
 use ploop::disk::open::{OpenOptions, Opener};
 use ploop::store::memory::MemoryStore;
 use ploop::store::{Access, Store};
-use ploop_tests::damage::state::files;
-use ploop_tests::damage::{Base, bases};
+use ploop_fuzz::base::Base;
+use ploop_fuzz::files::files;
+use ploop_tests::damage::bases;
 
 const IMAGE: &str = "/d/image.hds";
 const UNDO: &str = "/undo";

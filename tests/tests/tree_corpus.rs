@@ -82,6 +82,16 @@ fn known(case: &Case, place: &Place<'_>) -> Result<Known> {
     Ok(hashes.collect())
 }
 
+/// Those snapshots; none where the tree cannot be read.
+fn nodes(case: &Case) -> Vec<String> {
+    let tmp = case.unpack();
+    let bench = Bench::at(tmp.path());
+    let place = bench.place(Path::new(case.text("entry")));
+    let nodes = place.and_then(|place| known(case, &place));
+    let nodes = nodes.unwrap_or_default().into_iter();
+    nodes.map(|(node, _)| node).collect()
+}
+
 fn same(found: &(Option<String>, String), wanted: &(Option<String>, Option<String>)) -> bool {
     let full = match (&found.0, &wanted.0) {
         (Some(a), Some(b)) => a == b,
@@ -129,14 +139,7 @@ fn every_snapshot_of_every_tree_can_be_gone_back_to() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (mut wrong, mut trips) = (Vec::new(), 0);
     for case in cases() {
-        let nodes = {
-            let tmp = case.unpack();
-            let bench = Bench::at(tmp.path());
-            let place = bench.place(Path::new(case.text("entry")));
-            let nodes = place.and_then(|place| known(&case, &place));
-            nodes.unwrap_or_default()
-        };
-        for (node, _) in nodes {
+        for node in nodes(&case) {
             let tmp = case.unpack();
             let done = round_trip(&case, &Bench::at(tmp.path()), &node);
             trips += u32::from(done.is_ok());
@@ -337,14 +340,7 @@ fn every_snapshot_of_every_tree_can_be_deleted_and_interrupted_merges_end() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (mut wrong, mut deleted) = (Vec::new(), 0);
     for case in cases() {
-        let nodes = {
-            let tmp = case.unpack();
-            let bench = Bench::at(tmp.path());
-            let place = bench.place(Path::new(case.text("entry")));
-            let nodes = place.and_then(|place| known(&case, &place));
-            nodes.unwrap_or_default()
-        };
-        let nodes = nodes.into_iter().map(|(node, _)| Some(node));
+        let nodes = nodes(&case).into_iter().map(Some);
         for node in nodes.chain([None]) {
             let tmp = case.unpack();
             let bench = Bench::at(tmp.path());

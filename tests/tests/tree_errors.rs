@@ -386,7 +386,9 @@ fn a_merge_on_a_full_host_loses_nothing_and_ends_when_there_is_room() {
         write(&rig, "ct", &["write -P 3 10M 64k", "flush"]);
         let before = contents(&rig, "ct");
         let balloon = host.path().join("balloon");
-        let daemon = live.then(|| Daemon::start(&rig));
+        // Without the store's reserve, which would be enough for it.
+        let daemon = live.then(|| Daemon::with(&rig, &["--reserve", "0"]));
+        drop(fs::remove_file(rig.root().join("reserve")));
         let client = daemon.as_ref().map(|d| d.open("ct"));
         fill(&balloon);
         let out = rig

@@ -1,17 +1,30 @@
 //! What can be typed.
 
+mod backup;
+mod hold;
 mod openvz;
+mod resize;
+mod set;
+mod stream;
 mod tree;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nbd_server::EngineKind;
+use snapshots::limits::parse_rate;
 
 use crate::output::parse_size;
 
-pub(crate) use openvz::{Init, OpenvzMerge, OpenvzNode, OpenvzSnapshot, SnapshotList};
-pub(crate) use tree::{Export, ExportTo, JobsArgs, Snapshot, SnapshotArgs, Tree};
+pub(crate) use backup::{Backup, BackupArgs, BackupTo, NewBackup, Restore};
+pub(crate) use hold::{Hold, HoldTo};
+pub(crate) use openvz::{Init, OpenvzCheck, OpenvzMerge, OpenvzNode, OpenvzSnapshot, SnapshotList};
+pub(crate) use resize::Resize;
+pub(crate) use set::Set;
+pub(crate) use stream::{Receive, Send};
+pub(crate) use tree::{
+    Compact, Df, Diff, Export, ExportTo, JobsArgs, Snapshot, SnapshotArgs, Tracker, Tree,
+};
 
 const AFTER: &str = "\
 Sizes: a number and B, K, M, G or T (powers of 1024); without a letter, bytes (OpenVZ verbs: sectors).
@@ -45,21 +58,46 @@ pub(crate) enum Command {
     /// Make containers from a template, or from another container.
     Create(Create),
     /// List the containers of the store.
-    List(Json),
+    List(List),
     /// Describe a container, a disk or an image.
     Info(Info),
+    /// Change what a container may take, also while it runs.
+    Set(Set),
+    /// Say where the bytes are that disks and the store take of the host.
+    Df(Df),
+    /// Give back the space that a disk does not need, also while it runs.
+    Compact(Compact),
+    /// Make a disk that nobody uses larger or smaller, with the filesystem on it.
+    Resize(Resize),
     /// Remove containers and their data.
     Rm(Rm),
     /// Snapshots: make, list, go back to, delete.
     Snapshot(SnapshotArgs),
+    /// Trackers, which say what of a disk was written: begin, list, clear, merge, end.
+    #[command(subcommand)]
+    Tracker(Tracker),
+    /// Back a disk up as it is at one instant, in full or since the last time: files for qemu-img.
+    Backup(BackupArgs),
+    /// Make a container of backups.
+    Restore(Restore),
     /// Draw the tree of a disk, with what each node takes and would give back.
     Tree(Tree),
+    /// Say where two snapshots may differ, without reading their data.
+    Diff(Diff),
     /// Copy a container, or one of its snapshots, out of the store.
     Export(Export),
+    /// Write a container, or one of its snapshots, to standard output: for another store.
+    Send(Send),
+    /// Make a container of what `ploop send` wrote, from standard input.
+    Receive(Receive),
     /// Work that a service does: list it, cancel it.
     Jobs(JobsArgs),
     /// Serve a disk, an image or a whole store over NBD.
     Serve(Serve),
+    /// Hold clients' connections while the server behind them is restarted, upgraded or moved.
+    Hold(Hold),
+    /// Give a holder's clients another server, or show what it holds.
+    HoldTo(HoldTo),
     /// Copy a disk or an image into another format.
     Convert(Convert),
     /// Check a disk or an image; writes nothing unless asked to repair.
@@ -95,13 +133,24 @@ impl Command {
             Command::Template(Template::List(j) | Template::Info { json: j, .. }) => j.json,
             Command::Create(c) => c.json.json,
             Command::Snapshot(s) => s.command.as_ref().is_some_and(Snapshot::wants_json),
+            Command::Backup(b) => b.wants_json(),
+            Command::Restore(r) => r.json.json,
             Command::Tree(t) => t.json.json,
+            Command::Diff(d) => d.json.json,
+            Command::Tracker(t) => t.wants_json(),
             Command::Export(e) => e.json.json,
+            Command::Send(s) => s.json.json,
+            Command::Receive(r) => r.json.json,
             Command::Jobs(j) => j.json.json,
-            Command::List(j) => j.json,
+            Command::List(l) => l.json.json,
             Command::Info(i) => i.json.json,
+            Command::Set(s) => s.json.json,
+            Command::Compact(c) => c.json.json,
+            Command::Df(d) => d.json.json,
+            Command::Resize(r) => r.json.json,
             Command::Convert(c) => c.json.json,
             Command::Check(c) => c.json.json,
+            Command::HoldTo(h) => h.json.json,
             _ => false,
         }
     }
@@ -112,6 +161,16 @@ pub(crate) struct Json {
     /// Print JSON, for programs.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct List {
+    /// Count what each container is charged for, too: reads where the files of each have data. Without
+    /// it that is shown of those that ploopd has open under a quota.
+    #[arg(long)]
+    pub charge: bool,
+    #[command(flatten)]
+    pub json: Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -167,6 +226,10 @@ pub(crate) struct Import {
     /// Label of the filesystem, 16 bytes at most.
     #[arg(long)]
     pub label: Option<String>,
+    /// User and group quota in the filesystem (ext4), which containers cloned from it have, too. A
+    /// kernel without quota mounts them read-only, if it is asked to.
+    #[arg(long)]
+    pub user_quota: bool,
     /// Cluster size: a power of two from 32K to 64M.
     #[arg(long, value_parser = parse_size, default_value = "64K")]
     pub cluster: u64,
@@ -266,6 +329,14 @@ pub(crate) struct Serve {
     /// Serve read-only.
     #[arg(long)]
     pub read_only: bool,
+    /// Requests per second of all containers together, shared by their priority.
+    #[arg(long, value_name = "N", value_parser = parse_rate, requires = "store")]
+    pub iops: Option<u64>,
+    /// Bytes per second of all containers together, shared by their priority.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate, requires = "store")]
+    pub bps: Option<u64>,
+    #[command(flatten)]
+    pub space: nbd_server::export::space::Options,
     /// How requests are executed: inline, uring or portable [default: uring where the kernel
     /// permits it, else portable].
     #[arg(long, env = "PLOOP_ENGINE", value_name = "ENGINE")]
@@ -321,6 +392,15 @@ pub(crate) struct Check {
     /// Take a repair back: every byte and length as it was.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["source", "repair"])]
     pub undo: Option<PathBuf>,
+    /// Have the file system inside checked, too (ext2–4, XFS), on a copy of its data in TMPDIR or
+    /// /var/tmp; a repair names the files that it loses bytes of.
+    #[arg(long, conflicts_with = "undo")]
+    pub fs: bool,
+    /// Show how far it is, on a terminal.
+    #[arg(long, short = 'C')]
+    pub progress: bool,
+    #[command(flatten)]
+    pub openvz: OpenvzCheck,
     #[command(flatten)]
     pub from: From,
     #[command(flatten)]

@@ -119,10 +119,107 @@ impl Snapshot {
     }
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Tracker {
+    /// Show the trackers of a disk, and what they have.
+    List {
+        /// The container, or the disk directory.
+        disk: String,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// Begin to track writes, at one instant.
+    Start {
+        /// The container, or the disk directory.
+        disk: String,
+        /// The tracker's name.
+        name: String,
+        /// Bytes that a bit stands for, a power of two [default: 64K].
+        #[arg(long, value_parser = parse_size)]
+        granularity: Option<u64>,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// End a tracker.
+    Stop {
+        /// The container, or the disk directory.
+        disk: String,
+        /// The tracker: its name or id.
+        name: String,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// Forget what a tracker has, at one instant.
+    Clear {
+        /// The container, or the disk directory.
+        disk: String,
+        /// The tracker: its name or id.
+        name: String,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// Add what one tracker has to another.
+    Merge {
+        /// The container, or the disk directory.
+        disk: String,
+        /// The tracker that stays as it is.
+        from: String,
+        /// The tracker that gets more.
+        into: String,
+        #[command(flatten)]
+        json: Json,
+    },
+}
+
+impl Tracker {
+    pub(super) fn wants_json(&self) -> bool {
+        match self {
+            Tracker::List { json, .. }
+            | Tracker::Start { json, .. }
+            | Tracker::Stop { json, .. }
+            | Tracker::Clear { json, .. }
+            | Tracker::Merge { json, .. } => json.json,
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Df {
+    /// Containers, or disk directories [default: all of the store, and the store].
+    pub disks: Vec<String>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Compact {
+    /// The container, or the disk directory.
+    pub disk: String,
+    /// Only say what would be given back.
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    /// Bytes per second, at most.
+    #[arg(long, value_parser = parse_size)]
+    pub rate: Option<u64>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Tree {
     /// The container, or the disk directory.
     pub disk: String,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Diff {
+    /// The container, or the disk directory, with @SNAPSHOT.
+    pub from: String,
+    /// Another snapshot, of the same disk or of a clone of the same template; without @SNAPSHOT what
+    /// the disk shows now, if nobody uses it [default: so of the same disk].
+    pub to: Option<String>,
     #[command(flatten)]
     pub json: Json,
 }

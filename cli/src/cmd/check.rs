@@ -1,24 +1,33 @@
 //! `ploop check`: look, repair, take the repair back.
 
-use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
-use std::ops::Range;
 use std::path::Path;
 use std::process::ExitCode;
 
-use fsck::repair::{self, How, Outcome, Plan, Remark, Step};
-use fsck::{Class, Report};
-use ploop::disk::open::Opener;
-use ploop::{Error, Result};
-use serde_json::{Value, json};
+use fsck::repair::{self, How, Plan};
+use fsck::{Class, Report, inside, text};
+use ploop::disk::open::{Opener, Source};
+use ploop::{Error, Kind, Result};
+use serde_json::json;
 
 use crate::args;
-use crate::output::{line, print_json};
+use crate::output::{Bar, line, print_json, report};
 
-/// Guest ranges that a line names.
-const RANGES_MAX: usize = 8;
+use super::check_openvz;
 
 pub(crate) fn check(root: &Path, c: &args::Check) -> Result<ExitCode> {
+    match checked(root, c) {
+        Err(e) if c.openvz.openvz_exit_codes => {
+            let code = check_openvz::code_of(&e);
+            // Printed; OpenVZ has other codes.
+            let _ = report(e, c.json.json);
+            Ok(ExitCode::from(code))
+        }
+        done => done,
+    }
+}
+
+fn checked(root: &Path, c: &args::Check) -> Result<ExitCode> {
     let opener = Opener::host();
     if let Some(file) = &c.undo {
         return undo(&opener, file, c.json.json);
@@ -27,23 +36,81 @@ pub(crate) fn check(root: &Path, c: &args::Check) -> Result<ExitCode> {
         return Err(Error::invalid("nothing to check was named"));
     };
     let (source, options) = super::locate(root, source, &c.from)?;
-    if !c.repair {
-        let report = fsck::check(&opener, &source, &options)?;
+    let (source, options) = check_openvz::narrowed(&opener, &c.openvz, source, options)?;
+    let Some(wish) = Wish::of(c) else {
+        let mut bar = Bar::new(c.progress);
+        let mut report = match fsck::check_with(&opener, &source, &options, &mut bar) {
+            // Whoever has it open knows what its files do not say yet.
+            Err(e) if e.kind() == Kind::InUse && source.descriptor && !c.fs => {
+                let text = c.source.as_deref().unwrap_or_default();
+                match super::tree::agent(root, text) {
+                    Ok((agent, name)) => agent.check(&name)?.into_report()?,
+                    Err(_) => return Err(e),
+                }
+            }
+            other => other?,
+        };
+        if c.fs {
+            inside::check(&Opener::host(), &source, &options, &mut report, &mut bar)?;
+        }
+        drop(bar);
         show(c, &report)?;
-        return Ok(code(report.class));
-    }
-    let plan = repair::plan(&opener, &source, &options)?;
-    let how = match c.yes {
-        true => How::Yes,
-        false if plan.is_automatic() || !plan.unrepairable.is_empty() => How::Preen,
-        false => ask(c, &plan)?,
+        return Ok(code(c, &source, &report));
     };
-    let outcome = repair::apply(&opener, &plan, how, c.undo_file.as_deref())?;
-    match c.json.json {
-        true => print_json(&as_json(&outcome))?,
-        false => tell(c, &outcome)?,
+    let mut bar = Bar::new(c.progress);
+    let mut plan = repair::plan_with(&opener, &source, &options, &mut bar)?;
+    if c.fs {
+        // Its own one: what it has open is locked.
+        inside::name_files(&Opener::host(), &source, &options, &mut plan, &mut bar)?;
     }
-    Ok(code(outcome.after.class))
+    drop(bar);
+    let how = match wish {
+        Wish::All => How::Yes,
+        Wish::Ask if !plan.is_automatic() && plan.unrepairable.is_empty() => ask(c, &plan)?,
+        _ => How::Preen,
+    };
+    let mut bar = Bar::new(c.progress);
+    let undo_file = c.undo_file.as_deref();
+    let mut outcome = repair::apply_with(&opener, &plan, how, undo_file, &mut bar)?;
+    // What was repaired is told, whatever comes of the look inside.
+    let mut looked = Ok(());
+    if c.fs {
+        // What the first one knows of the images is from before the repair.
+        let fresh = Opener::host();
+        looked = inside::check(&fresh, &source, &options, &mut outcome.after, &mut bar);
+    }
+    drop(bar);
+    match c.json.json {
+        true => print_json(&text::json(&outcome))?,
+        false => {
+            lines(c, &text::outcome(&outcome, "--repair --yes"))?;
+            verdict(c, outcome.after.class)?;
+        }
+    }
+    looked?;
+    Ok(code(c, &source, &outcome.after))
+}
+
+/// How far the command line lets a repair go.
+#[derive(Clone, Copy)]
+enum Wish {
+    Preen,
+    Ask,
+    All,
+}
+
+impl Wish {
+    /// `None`: nothing is written.
+    fn of(c: &args::Check) -> Option<Wish> {
+        let o = &c.openvz;
+        match () {
+            () if o.read_only => None,
+            () if c.yes || o.hard_force => Some(Wish::All),
+            () if c.repair => Some(Wish::Ask),
+            () if o.drop_in_use => Some(Wish::Preen),
+            () => None,
+        }
+    }
 }
 
 fn undo(opener: &Opener, file: &Path, as_json: bool) -> Result<ExitCode> {
@@ -70,42 +137,39 @@ fn show(c: &args::Check, report: &Report) -> Result<()> {
     if c.json.json {
         return print_json(report);
     }
-    let mut last = ("", String::new());
-    for f in &report.findings {
-        let file = f.file.display().to_string();
-        line(format!(
-            "{file}: offset {:#x}: {}: {}",
-            f.offset, f.kind, f.what
-        ))?;
-        // Once for many of a kind.
-        if last != (f.kind, file.clone())
-            && let Some(about) = f.about()
-        {
-            line(format!("    {}", about.means))?;
-            line(format!("    Repair: {}", about.repair))?;
-        }
-        last = (f.kind, file);
-    }
-    let source = c.source.as_deref().unwrap_or_default();
-    line(format!("{source}: {}", report.class.name()))
+    lines(c, &text::findings(report))?;
+    verdict(c, report.class)
 }
 
-fn code(class: Class) -> ExitCode {
-    match class {
+fn lines(c: &args::Check, all: &[String]) -> Result<()> {
+    match c.openvz.silent {
+        true => Ok(()),
+        false => all.iter().try_for_each(line),
+    }
+}
+
+fn verdict(c: &args::Check, class: Class) -> Result<()> {
+    let source = c.source.as_deref().unwrap_or_default();
+    lines(c, &[format!("{source}: {}", class.name())])
+}
+
+fn code(c: &args::Check, source: &Source, report: &Report) -> ExitCode {
+    if c.openvz.openvz_exit_codes {
+        return ExitCode::from(check_openvz::code(source, report));
+    }
+    match report.class {
         Class::Clean | Class::Leak => ExitCode::SUCCESS,
         Class::Dirty => ExitCode::from(1),
-        Class::Corrupt => ExitCode::from(ploop::Kind::Corrupt.exit_code()),
+        Class::Corrupt => ExitCode::from(Kind::Corrupt.exit_code()),
     }
 }
 
 /// Asks whether to do what loses something; without a terminal the answer is no.
 fn ask(c: &args::Check, plan: &Plan) -> Result<How> {
-    if c.json.json || !std::io::stdin().is_terminal() {
+    if c.json.json || c.openvz.silent || !std::io::stdin().is_terminal() {
         return Ok(How::Preen);
     }
-    for step in &plan.steps {
-        line(describe(step, "would be"))?;
-    }
+    lines(c, &text::plan(plan))?;
     let mut out = std::io::stderr();
     let io = |e| Error::io("ask on", "standard error", e);
     write!(
@@ -120,90 +184,5 @@ fn ask(c: &args::Check, plan: &Plan) -> Result<How> {
     Ok(match answer.trim() {
         "y" | "Y" | "yes" => How::Yes,
         _ => How::Preen,
-    })
-}
-
-fn tell(c: &args::Check, outcome: &Outcome) -> Result<()> {
-    for step in &outcome.done {
-        line(describe(step, "is"))?;
-    }
-    for step in &outcome.remaining {
-        line(format!("not done: {}", describe(step, "would be")))?;
-    }
-    for (why, remarks) in [
-        ("not repairable", &outcome.unrepairable),
-        ("left", &outcome.left),
-    ] {
-        for Remark { file, what } in remarks {
-            line(format!("{why}: {}: {what}", file.display()))?;
-        }
-    }
-    let source = c.source.as_deref().unwrap_or_default();
-    if !outcome.remaining.is_empty() {
-        line("What is not done loses something: --repair --yes does it")?;
-    }
-    if let Some(undo) = &outcome.undo {
-        line(format!(
-            "`ploop check --undo {}` takes it back",
-            undo.display()
-        ))?;
-    }
-    line(format!("{source}: {}", outcome.after.class.name()))
-}
-
-fn describe(step: &Step, tense: &str) -> String {
-    let mut out = format!("{}: {}", step.file.display(), step.what);
-    let named = [("lost", &step.lost), ("suspect", &step.suspect)];
-    for (what, ranges) in named.into_iter().filter(|(_, r)| !r.is_empty()) {
-        // Writing to a string cannot fail.
-        let _ = write!(out, "; {tense} {what}: guest bytes {}", shown(ranges));
-    }
-    if let Some(more) = &step.gives_up {
-        let _ = write!(out, "; given up: {more}");
-    }
-    out
-}
-
-fn shown(ranges: &[Range<u64>]) -> String {
-    let first = ranges.iter().take(RANGES_MAX);
-    let mut out = first
-        .map(|r| format!("{}..{}", r.start, r.end))
-        .collect::<Vec<_>>()
-        .join(", ");
-    if ranges.len() > RANGES_MAX {
-        let rest = &ranges[RANGES_MAX..];
-        let bytes: u64 = rest.iter().map(|r| r.end - r.start).sum();
-        let _ = write!(
-            out,
-            " and {} more ranges, {bytes} bytes (--json names them)",
-            rest.len()
-        );
-    }
-    out
-}
-
-fn as_json(outcome: &Outcome) -> Value {
-    let pairs = |ranges: &[Range<u64>]| -> Vec<[u64; 2]> {
-        ranges.iter().map(|r| [r.start, r.end]).collect()
-    };
-    let steps = |steps: &[Step]| -> Vec<Value> {
-        let one = |s: &Step| {
-            json!({
-                "file": s.file.display().to_string(), "what": s.what, "lost": pairs(&s.lost),
-                "suspect": pairs(&s.suspect), "gives_up": s.gives_up, "automatic": s.automatic,
-                "snapshots": s.snapshots.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            })
-        };
-        steps.iter().map(one).collect()
-    };
-    let remarks = |remarks: &[Remark]| -> Vec<Value> {
-        let one = |r: &Remark| json!({ "file": r.file.display().to_string(), "what": r.what });
-        remarks.iter().map(one).collect()
-    };
-    json!({
-        "class": outcome.after.class.name(), "findings": outcome.after.findings,
-        "done": steps(&outcome.done), "not_done": steps(&outcome.remaining),
-        "not_repairable": remarks(&outcome.unrepairable), "left": remarks(&outcome.left),
-        "undo": outcome.undo.as_ref().map(|u| u.display().to_string()),
     })
 }

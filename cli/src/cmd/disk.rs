@@ -14,8 +14,20 @@ use crate::output::{Bar, line, print_json, size, table};
 pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
     let (source, options) = super::locate(root, &i.source, &i.from)?;
     let info = Opener::host().describe(&source, &options)?;
+    let limits = info.top_guid.as_ref();
+    let limits = limits.and_then(|_| super::set::limits_of(root, &i.source));
+    let quota = info.top_guid.as_ref();
+    let quota = quota.and_then(|_| super::set::quota_of(root, &i.source));
     if i.json.json {
-        return print_json(&info);
+        let mut shown = serde_json::to_value(&info)
+            .map_err(|e| Error::invalid("a description that JSON cannot hold").caused_by(e))?;
+        if let Some(limits) = limits {
+            shown["limits"] = json!(limits);
+        }
+        if let Some(quota) = quota {
+            shown["quota"] = json!(quota);
+        }
+        return print_json(&shown);
     }
     if i.sizes {
         line(format!("size:\t\t{}", info.virtual_size / 512))?;
@@ -46,6 +58,12 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
     ))?;
     if let Some(key) = &info.encryption_key {
         line(format!("encrypted with key {key}"))?;
+    }
+    if let Some(quota) = &quota {
+        super::set::show_quota(quota)?;
+    }
+    if let Some(limits) = &limits {
+        super::set::show(limits)?;
     }
     let Some(top) = &info.top_guid else {
         return Ok(());

@@ -1,11 +1,22 @@
 //! One file per group of commands.
 
+mod backup;
 mod check;
+mod check_openvz;
+mod compact;
 mod demo;
+mod df;
+mod diff;
 mod disk;
+mod frozen;
+mod hold;
 mod openvz;
+mod resize;
 mod serve;
+mod set;
 mod store;
+mod stream;
+mod tracker;
 mod tree;
 
 use std::path::Path;
@@ -20,17 +31,29 @@ use snapshots::place::Place;
 
 use crate::args::{self, Cli, Command};
 
+pub(crate) use check_openvz::{USAGE as OPENVZ_USAGE, asked_for as speaks_openvz};
+
 pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     let root = cli.root.as_path();
     match &cli.command {
         Command::Template(t) => store::template(root, t)?,
         Command::Create(c) => store::create(root, c)?,
-        Command::List(j) => store::list(root, *j)?,
+        Command::List(l) => store::list(root, l)?,
         Command::Rm(r) => store::remove(root, r)?,
         Command::Info(i) => disk::info(root, i)?,
+        Command::Set(s) => set::set(root, s)?,
+        Command::Df(d) => df::df(root, d)?,
+        Command::Compact(c) => compact::compact(root, c)?,
+        Command::Resize(r) => resize::resize(root, r)?,
         Command::Snapshot(s) => tree::snapshot(root, s)?,
         Command::Tree(t) => tree::tree(root, t)?,
+        Command::Diff(d) => diff::diff(root, d)?,
+        Command::Tracker(t) => tracker::tracker(root, t)?,
+        Command::Backup(b) => backup::backup(root, b)?,
+        Command::Restore(r) => backup::restore(root, r)?,
         Command::Export(e) => tree::export(root, e)?,
+        Command::Send(s) => stream::send(root, s)?,
+        Command::Receive(r) => stream::receive(root, r)?,
         Command::Jobs(j) => tree::jobs(root, j)?,
         Command::SnapshotDelete(n) => tree::openvz_delete(n)?,
         Command::SnapshotSwitch(n) => tree::openvz_switch(n)?,
@@ -38,6 +61,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Convert(c) => disk::convert(root, c)?,
         Command::Check(c) => return check::check(root, c),
         Command::Serve(s) => serve::serve(root, s)?,
+        Command::Hold(h) => hold::hold(h)?,
+        Command::HoldTo(h) => hold::hold_to(h)?,
         Command::Demo(d) => demo::demo(d)?,
         Command::Init(i) => openvz::init(i)?,
         Command::SnapshotList(s) => openvz::snapshot_list(s)?,
@@ -123,7 +148,7 @@ fn locate_any(root: &Path, text: &str, from: &args::From) -> Result<(Source, Ope
         }
         Err(e) => Err(e),
         Ok(source) => {
-            allow_own_store(&source, &mut options);
+            let options = options.of_store(opener.store().as_ref(), &source);
             Ok((source, options))
         }
     }
@@ -138,23 +163,4 @@ fn container_of(source: &Source) -> Option<(std::path::PathBuf, String)> {
     let name = dir.file_name()?.to_str()?;
     let is_one = snapshots::name::check(name).is_ok() && Root::open(store, false).is_ok();
     is_one.then(|| (store.to_path_buf(), name.to_owned()))
-}
-
-/// A disk directory that lies in a store (`ROOT/containers/NAME`) may use that store's layers.
-fn allow_own_store(source: &Source, options: &mut OpenOptions) {
-    let Ok(real) = std::fs::canonicalize(&source.path) else {
-        return;
-    };
-    let mut up = real.ancestors().skip(2);
-    let (room, store) = (up.next(), up.next());
-    let in_room = room
-        .and_then(Path::file_name)
-        .is_some_and(|r| r == "containers" || r == "templates");
-    if let Some(store) = store
-        && source.descriptor
-        && in_room
-        && Root::open(store, false).is_ok()
-    {
-        options.allow.push(store.join("layers"));
-    }
 }

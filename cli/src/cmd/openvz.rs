@@ -156,7 +156,7 @@ pub(crate) fn refuse(words: &[String]) -> Error {
             "mounts a snapshot; serve it instead: ploop serve DISK@SNAPSHOT --socket PATH"
         }
         "merge" => "merges bare images; a disk's are merged by `ploop snapshot merge`",
-        "grow" | "resize" | "balloon" => "resizing is for a later version; `ploop create --size`",
+        "grow" | "balloon" => "a disk is resized by `ploop resize`",
         "copy" | "replace" | "encrypt" | "cbt" | "stat" | "restore-descriptor" | "degrade"
         | "fscheck" | "clear" | "delete" => "this verb of OpenVZ's is not here",
         _ if verb.starts_with("tg-") => "this verb of OpenVZ's is not here",

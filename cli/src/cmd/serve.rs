@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nbd_server::control::model::Info;
-use nbd_server::control::service::Limits;
-use nbd_server::control::{Control, Jobs, Meter, Parts, Service, go_on_with_merges, operations};
-use nbd_server::export::{Disks, Exports, Single};
-use nbd_server::{Config, EngineKind, Server};
+use nbd_server::control::{Control, Service, go_on_with_merges};
+use nbd_server::export::{Disks, Exports, Single, space};
+use nbd_server::{Config, EngineKind, Server, raise_file_limit};
 use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::disk::open::{OpenOptions, Opener, Source};
@@ -28,6 +27,9 @@ pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
         let opener = Opener::host().with_control(absolute(&control)?);
         let store = Root::on(opener, &dir, false, true)?;
         let disks = Arc::new(Disks::new(store, s.read_only));
+        let (iops, bps) = (s.iops.unwrap_or(0), s.bps.unwrap_or(0));
+        disks.throttle().set_store(iops, bps);
+        disks.watch_space(&s.space)?;
         return run_disks(disks, &absolute(&control)?, Some(&dir), limit, s);
     };
     let (source, options) = super::locate(root, text, &s.from)?;
@@ -35,6 +37,13 @@ pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
     let options = OpenOptions { write, ..options };
     let name = s.name.clone().unwrap_or_else(|| export_name(&source));
     if !source.descriptor || !write {
+        if !s.space.is_default() {
+            let what = "room on the host is looked after for stores, containers and disk directories \
+                        that are served for writing";
+            return Err(Error::unsupported(what)
+                .on(&source.path)
+                .fix(space::LEAVE_OUT));
+        }
         let disk = Arc::new(Opener::host().open(&source, &options)?);
         let description = source.path.display().to_string();
         let device: Arc<dyn Device> = disk.clone();
@@ -60,8 +69,9 @@ pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
         None => Disks::of_disk(opener, name, source, options),
     };
     let disks = Arc::new(disks);
+    disks.watch_space(&s.space)?;
     // Open as long as it is served: whoever is refused is told at once, and nobody else takes it.
-    let held = disks.live(disks.only_name())?;
+    let held = disks.keep_open()?;
     let served = run_disks(disks, &control, None, limit, s);
     let closed = held.disk().close();
     served.and(closed)
@@ -90,39 +100,21 @@ fn run_disks(
 ) -> Result<()> {
     let config = config(s)?;
     let mut server = Server::new(disks.clone(), config);
-    let (jobs, meter) = (Jobs::default(), Arc::new(Meter::default()));
-    let connections = server.connections();
-    let operations = operations(Parts {
-        disks: disks.clone(),
-        connections: connections.clone(),
-        meter: meter.clone(),
-    });
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let info = Info {
-        version: env!("CARGO_PKG_VERSION").into(),
-        pid: std::process::id(),
         program: "ploop serve".into(),
         root: root.map(|r| r.display().to_string()),
-        started: now.map_or(0, |d| d.as_secs()),
         read_only: s.read_only,
-        max_connections: config.max_connections,
         open_files_limit,
-        engine: config.engine.name().into(),
+        ..Info::of_this_process(&config)
     };
     let places = listen(&mut server, s)?;
-    let (later, at_work) = (operations.clone(), jobs.clone());
-    let control = Control::start(
-        control,
-        Service {
-            info,
-            connections,
-            jobs,
-            meter,
-            operations,
-            limits: Limits::default(),
-        },
-    )?;
-    go_on_with_merges(&disks, at_work, &later);
+    let service = Service::of(info, disks.clone(), server.connections());
+    let (jobs, operations) = (service.jobs.clone(), service.operations.clone());
+    let control = Control::start(control, service)?;
+    if let Some(space) = disks.space() {
+        space.begin()?;
+    }
+    go_on_with_merges(&disks, jobs, &operations);
     server.run_until_signal(|| announce(&places), move || control.stop())
 }
 
@@ -182,18 +174,4 @@ fn export_name(source: &Source) -> String {
         Some(snapshot) => format!("{name}@{snapshot}"),
         None => name,
     }
-}
-
-/// A store can have thousands of disks open, two files each.
-fn raise_file_limit() -> u64 {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    if let Err(e) = setrlimit(Resource::Nofile, wanted) {
-        tracing::warn!(error = %e, "the limit of open files stays as it is");
-    }
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }

@@ -8,6 +8,7 @@ use nbd_server::control::model::{CreateContainers, CreatedContainer};
 use ploop::disk::open::{OpenOptions, Opener, Source};
 use ploop::store::{EntryKind, Store};
 use ploop::{Error, Kind, Result};
+use serde::Serialize;
 use serde_json::json;
 use snapshots::rootfs::{BuildOptions, RootSource, Step};
 use snapshots::{ImportOptions, ImportSource, ImportStep, Root, list as listing};
@@ -90,6 +91,7 @@ fn import(root: &Path, i: &args::Import) -> Result<()> {
             size: i.size,
             partition: !i.no_partition,
             label: i.label.clone(),
+            user_quota: i.user_quota,
             ..BuildOptions::default()
         },
         open,
@@ -143,7 +145,10 @@ fn template_list(root: &Path, json: Json) -> Result<()> {
         return print_json(&entries);
     }
     let row = |t: listing::TemplateEntry| {
-        let fs = t.filesystem.unwrap_or_else(|| "-".into());
+        let fs = match t.filesystem {
+            Some(fs) if t.user_quota => format!("{fs}, quota"),
+            other => other.unwrap_or_else(|| "-".into()),
+        };
         vec![
             t.name,
             size(t.size),
@@ -169,6 +174,9 @@ fn template_info(root: &Path, name: &str, json: Json) -> Result<()> {
     line(format!("clones      {}", t.clones))?;
     if let Some(fs) = t.filesystem {
         line(format!("filesystem  {fs} at byte {}", t.partition_offset))?;
+    }
+    if t.user_quota {
+        line("quota       of users and groups")?;
     }
     line(format!("source      {}", t.source))
 }
@@ -215,22 +223,56 @@ pub(crate) fn create(root: &Path, c: &args::Create) -> Result<()> {
     line(format!("{} containers in {}", made.len(), duration(took)))
 }
 
-pub(crate) fn list(root: &Path, json: Json) -> Result<()> {
-    let entries = listing::containers(&Root::open(root, false)?)?;
-    if json.json {
+/// A container, and what it is charged for where that is known.
+#[derive(Serialize)]
+struct Listed {
+    #[serde(flatten)]
+    entry: listing::ContainerEntry,
+    charged: Option<u64>,
+}
+
+pub(crate) fn list(root: &Path, l: &args::List) -> Result<()> {
+    let root = Root::open(root, false)?;
+    let entries = listing::containers(&root)?;
+    // What the store's service has in memory; anything else has to be counted.
+    let mut known = Agent::quotas_in_force(&root);
+    let charged = |mut entry: listing::ContainerEntry| {
+        let name = &entry.name;
+        let mut charged = known.remove(name);
+        if l.charge && charged.is_none() && entry.error.is_none() {
+            let agent = Agent::of_store(root.dir(), &[name]);
+            match agent.and_then(|agent| agent.quota(agent.name())) {
+                Ok(quota) => charged = Some(quota.charged),
+                Err(e) => entry.error = Some(e.to_string()),
+            }
+        }
+        Listed { entry, charged }
+    };
+    let entries: Vec<Listed> = entries.into_iter().map(charged).collect();
+    if l.json.json {
         return print_json(&entries);
     }
-    let row = |c: listing::ContainerEntry| {
+    let row = |Listed { entry: c, charged }| {
         let template = c.error.or(c.template).unwrap_or_else(|| "-".into());
         vec![
             c.name,
             size(c.size),
             size(c.data),
+            charged.map_or("-".into(), size),
+            Some(c.quota).filter(|&q| q > 0).map_or("-".into(), size),
             c.depth.to_string(),
             template,
         ]
     };
-    let header = ["CONTAINER", ">SIZE", ">DATA", ">DEPTH", "TEMPLATE"];
+    let header = [
+        "CONTAINER",
+        ">SIZE",
+        ">DATA",
+        ">CHARGED",
+        ">QUOTA",
+        ">DEPTH",
+        "TEMPLATE",
+    ];
     table(&header, entries.into_iter().map(row).collect())
 }
 

@@ -19,13 +19,13 @@ use crate::args::{self, ExportTo, Snapshot};
 use crate::output::{Bar, age, line, print_json, size, table};
 
 /// Nothing is taken for another format in a tree.
-const PLAIN: args::From = args::From {
+pub(super) const PLAIN: args::From = args::From {
     from: None,
     allow_dir: Vec::new(),
 };
 
 /// Who works on the disk that `text` names, and what it is called there.
-fn agent(root: &Path, text: &str) -> Result<(Agent, String)> {
+pub(super) fn agent(root: &Path, text: &str) -> Result<(Agent, String)> {
     let (source, options) = super::locate(root, text, &PLAIN)?;
     if source.snapshot.is_some() {
         return Err(Error::invalid(format!(
@@ -200,7 +200,7 @@ fn merge(root: &Path, disk: &str, request: &Merge, json: args::Json) -> Result<(
     ended(disk, &job, json)
 }
 
-fn ended(what: &str, job: &Job, json: args::Json) -> Result<()> {
+pub(super) fn ended(what: &str, job: &Job, json: args::Json) -> Result<()> {
     if json.json {
         return print_json(job);
     }
@@ -408,8 +408,7 @@ fn openvz_snapshot(s: &args::OpenvzSnapshot) -> Result<()> {
     };
     let opener = Opener::host();
     let source = Source::parse(opener.store().as_ref(), text)?;
-    let mut options = OpenOptions::default();
-    super::allow_own_store(&source, &mut options);
+    let options = OpenOptions::default().of_store(opener.store().as_ref(), &source);
     let place = Place::disk(&opener, &source, &options.allow, true)?;
     let new = NewSnapshot {
         guid: Some(ploop::descriptor::Guid::parse(guid)?),

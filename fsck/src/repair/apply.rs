@@ -32,6 +32,7 @@ use super::record::{PIECE, Record, Writer};
 use super::save::save;
 use super::view::View;
 use super::{Move, Plan, Remark, Step};
+use crate::progress::{Meter, Progress, Stage};
 use crate::report::Report;
 
 /// How far a repair goes.
@@ -66,10 +67,25 @@ pub struct Outcome {
 /// Errors: `Invalid` when a file is not as it was planned for; `InUse`; `Exists`; those of writing,
 /// with what takes back what was done by then.
 pub fn apply(opener: &Opener, plan: &Plan, how: How, undo_path: Option<&Path>) -> Result<Outcome> {
-    let chosen = Chosen::of(plan, how);
+    apply_with(opener, plan, how, undo_path, &mut ())
+}
+
+/// [`apply`], telling how far it is.
+pub fn apply_with(
+    opener: &Opener,
+    plan: &Plan,
+    how: How,
+    undo_path: Option<&Path>,
+    progress: &mut dyn Progress,
+) -> Result<Outcome> {
+    let mut chosen = Chosen::of(plan, how);
+    for step in chosen.done.iter_mut().chain(&mut chosen.remaining) {
+        let same = |s: &&Step| s.file == step.file && s.what == step.what && s.lost == step.lost;
+        step.files = plan.steps.iter().find(same).and_then(|s| s.files.clone());
+    }
     let mut undo = None;
     if !chosen.is_empty() {
-        undo = Some(change(opener, plan, &chosen, undo_path)?);
+        undo = Some(change(opener, plan, &chosen, undo_path, progress)?);
     }
     // Another opener: what this one has shared of the images was read before.
     let fresh = Opener::on(opener.store().clone());
@@ -148,6 +164,7 @@ fn change(
     plan: &Plan,
     chosen: &Chosen<'_>,
     undo_path: Option<&Path>,
+    progress: &mut dyn Progress,
 ) -> Result<PathBuf> {
     let store = opener.store();
     let _lock = match plan.source.descriptor && opener.locks_disks() {
@@ -157,7 +174,8 @@ fn change(
     let written = chosen.images.iter().map(|c| c.path.clone()).collect();
     let mut files = Files::writing(store, written);
     let real = store.resolve(&plan.source.path)?;
-    let now = survey(opener, &mut files, &real, plan)?;
+    let mut meter = Meter::new(&mut *progress, Stage::Plan, 0);
+    let now = survey(opener, &mut files, &real, plan, &mut meter)?;
     same(plan, &now)?;
     for step in &chosen.moves {
         still_free(store.as_ref(), step)?;
@@ -187,9 +205,11 @@ fn change(
         }
         return Err(e);
     }
+    let bytes = patients.iter().map(|p| p.changes.bytes()).sum();
+    let mut meter = Meter::new(progress, Stage::Apply, bytes);
     let done = patients
         .iter()
-        .try_for_each(Patient::change)
+        .try_for_each(|p| p.change(&mut meter))
         .and_then(|()| put_away(store.as_ref(), plan, &chosen.moves))
         .and_then(|()| match &plan.survey.descriptor {
             Some(rewrite) if chosen.descriptor => {
@@ -265,17 +285,17 @@ fn write_undo(
 }
 
 impl Patient<'_> {
-    fn change(&self) -> Result<()> {
+    fn change(&self, meter: &mut Meter<'_>) -> Result<()> {
         let (file, c) = (self.file.as_ref(), self.changes);
         if let Some((_, len)) = &c.backup {
-            return self.restore(*len);
+            return self.restore(*len, meter);
         }
         let zeroed: Vec<(u64, u32)> = c.zeroed.iter().map(|&at| (at, 0)).collect();
         write_entries(file, &zeroed)?;
         if c.grown > c.len {
             file.set_len(c.grown)?;
         }
-        self.copy()?;
+        self.copy(meter)?;
         if c.grown > c.len || !c.copies.is_empty() {
             file.sync()?;
         }
@@ -284,7 +304,7 @@ impl Patient<'_> {
     }
 
     /// Header and BAT from the backup; what else there is to do is in the view.
-    fn restore(&self, len: u64) -> Result<()> {
+    fn restore(&self, len: u64, meter: &mut Meter<'_>) -> Result<()> {
         let file = self.file.as_ref();
         if self.changes.grown > self.changes.len {
             file.set_len(self.changes.grown)?;
@@ -300,6 +320,7 @@ impl Patient<'_> {
             if !hole || piece.iter().any(|&b| b != 0) {
                 file.write_at(piece, at)?;
             }
+            meter.add(n as u64);
             at += n as u64;
         }
         file.sync()?;
@@ -308,31 +329,26 @@ impl Patient<'_> {
         self.finish(Some(&first))
     }
 
-    fn copy(&self) -> Result<()> {
-        for copy in &self.changes.copies {
-            // Behind the old end there are zeros already.
-            let old = self.changes.len.saturating_sub(copy.to).min(copy.len);
-            self.copy_part(copy.from..copy.from + old, copy.to, true)?;
-            self.copy_part(copy.from + old..copy.from + copy.len, copy.to + old, false)?;
-        }
-        Ok(())
-    }
-
-    fn copy_part(&self, from: Range<u64>, to: u64, zeros: bool) -> Result<()> {
+    /// Copies what is there; holes stay holes.
+    fn copy(&self, meter: &mut Meter<'_>) -> Result<()> {
         let file = self.file.as_ref();
         let mut buf = vec![0; PIECE];
-        let mut at = from.start;
-        while at < from.end {
-            let data = match zeros {
-                true => Some(at..from.end),
-                false => file.next_data(at, from.end)?,
-            };
-            let Some(data) = data else { break };
-            let n = (data.end - data.start).min(PIECE as u64);
-            let piece = &mut buf[..n as usize];
-            read_or_zero(file, piece, data.start)?;
-            file.write_at(piece, to + (data.start - from.start))?;
-            at = data.start + n;
+        for copy in &self.changes.copies {
+            let (mut at, end) = (copy.from, copy.from + copy.len);
+            let to = |at: u64| copy.to + (at - copy.from);
+            while at < end {
+                let data = file.next_data(at, end)?.unwrap_or(end..end);
+                clear(file, to(at)..to(data.start))?;
+                at = data.start;
+                while at < data.end {
+                    let n = (data.end - at).min(PIECE as u64);
+                    let piece = &mut buf[..n as usize];
+                    read_or_zero(file, piece, at)?;
+                    file.write_at(piece, to(at))?;
+                    at += n;
+                }
+            }
+            meter.add(copy.len);
         }
         Ok(())
     }
@@ -352,6 +368,18 @@ impl Patient<'_> {
             false => Ok(()),
         }
     }
+}
+
+/// Makes the range read as zeros, where it does not yet.
+fn clear(file: &dyn StoreFile, range: Range<u64>) -> Result<()> {
+    let mut at = range.start;
+    while at < range.end
+        && let Some(data) = file.next_data(at, range.end)?
+    {
+        file.punch(data.start, data.end - data.start)?;
+        at = data.end;
+    }
+    Ok(())
 }
 
 /// Writes BAT entries, ascending by their byte, in sectors.

@@ -95,20 +95,25 @@ impl Scope {
             return Err(Error::invalid(what).on(root));
         }
         let mut end = None;
+        let mut len = 0;
         while let Some(record) = reader.next()? {
             match record {
                 Record::Root(_) => {
                     return Err(foreign(file, "the undo file names two directories"));
                 }
                 Record::End { .. } => {}
-                Record::File { name, .. } => {
+                Record::File { name, lens, .. } => {
                     end = Some(0);
+                    len = lens[0];
                     scope.files.push(name);
                 }
                 Record::Bytes {
                     offset, ref old, ..
                 } => match &mut end {
-                    Some(end) if *end <= offset => *end = offset + old.len() as u64,
+                    // What was there lay inside of what was the file.
+                    Some(end) if *end <= offset && offset + old.len() as u64 <= len => {
+                        *end = offset + old.len() as u64;
+                    }
                     _ => return Err(foreign(file, "the undo file is out of order")),
                 },
                 Record::Move { from, to } => {
@@ -216,8 +221,8 @@ fn judge(
                 }
             }
             Record::Move { from, to } => {
-                let here = store.kind(&scope.root.join(&from))?;
-                let there = store.kind(&scope.root.join(to))?;
+                let here = kind_here(store, &scope.root.join(&from))?;
+                let there = kind_here(store, &scope.root.join(to))?;
                 let one = match (here, there) {
                     (None, Some(kind)) | (Some(kind), None) => kind == EntryKind::File,
                     _ => false,
@@ -239,6 +244,20 @@ fn judge(
     match now {
         Some(patient) => patient.judge(image_of(images, at)?),
         None => Ok(()),
+    }
+}
+
+/// What is there under a name. Error: `Permission` when a link leads to its directory.
+fn kind_here(store: &dyn Store, path: &Path) -> Result<Option<EntryKind>> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    match store.resolve(dir) {
+        Err(e) if e.kind() == Kind::NotFound => Ok(None),
+        Err(e) => Err(e),
+        Ok(real) if real == dir => store.kind(path),
+        Ok(_) => {
+            let what = "a link, where a directory of the repair was";
+            Err(Error::new(Kind::Permission, what).on(dir))
+        }
     }
 }
 

@@ -55,6 +55,14 @@ impl Changes {
         Ok(view)
     }
 
+    /// Bytes that are copied, for progress.
+    pub(super) fn bytes(&self) -> u64 {
+        match &self.backup {
+            Some((_, len)) => *len,
+            None => self.copies.iter().map(|c| c.len).sum(),
+        }
+    }
+
     /// The file stays as it is.
     pub(super) fn nothing(&self) -> bool {
         self.backup.is_none()

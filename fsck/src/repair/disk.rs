@@ -12,21 +12,20 @@ use std::sync::Arc;
 
 use ploop::descriptor::{Descriptor, Guid, Temporary};
 use ploop::disk::open::{MERGING, Opener};
-use ploop::format::ploop::delta::read_header;
 use ploop::format::ploop::header::{FLAG_CONVERTING, HEADER_BYTES, IN_USE_DIRTY};
-use ploop::format::ploop::journal::{self, Home};
 use ploop::store::{Access, EntryKind, StoreFile, read_exact};
-use ploop::verify::scan_image;
 use ploop::{Kind, Result};
 
 use super::changes::{Changes, Notes};
 use super::fields::{Fields, HeaderBytes};
 use super::files::Files;
 use super::image::{self, Backup};
+use super::journal::{self, Journal};
 use super::leftovers::free_place;
-use super::ranges::push;
 use super::tree::Tree;
+
 use super::{Move, Plan, Remark, Step};
+use crate::progress::Meter;
 
 /// Where files go that nothing names.
 pub(super) const LOST: &str = "lost+found";
@@ -77,14 +76,14 @@ impl Survey {
         steps
     }
 
-    fn cannot(&mut self, file: &Path, what: impl Into<String>) {
+    pub(super) fn cannot(&mut self, file: &Path, what: impl Into<String>) {
         self.unrepairable.push(Remark {
             file: file.to_path_buf(),
             what: what.into(),
         });
     }
 
-    fn leave(&mut self, file: &Path, what: impl Into<String>) {
+    pub(super) fn leave(&mut self, file: &Path, what: impl Into<String>) {
         self.left.push(Remark {
             file: file.to_path_buf(),
             what: what.into(),
@@ -120,26 +119,31 @@ pub(super) fn survey(
     files: &mut Files<'_>,
     real: &Path,
     plan: &Plan,
+    meter: &mut Meter<'_>,
 ) -> Result<Survey> {
     let mut surveyor = Surveyor {
         opener,
         files,
+        meter,
         root: &plan.root,
         survey: Survey::default(),
     };
     match plan.source.descriptor {
         true => surveyor.disk(real, plan)?,
         false => {
+            surveyor.meter.expect(1);
             let file = surveyor.files.image(real)?;
-            surveyor.image(&file, false)?;
+            surveyor.image(&file, false, None)?;
+            surveyor.meter.add(1);
         }
     }
     Ok(surveyor.survey)
 }
 
-struct Surveyor<'a, 'b> {
+struct Surveyor<'a, 'b, 'm> {
     opener: &'a Opener,
     files: &'a mut Files<'b>,
+    meter: &'a mut Meter<'m>,
     root: &'a Path,
     survey: Survey,
 }
@@ -152,17 +156,7 @@ struct Node {
     depth: usize,
 }
 
-/// What the journal of an image is worth.
-enum Journal {
-    /// Nothing: there is none, or it has ended.
-    Nothing,
-    /// Opening replays it.
-    Replayable,
-    /// It does not explain the image.
-    Useless(PathBuf),
-}
-
-impl Surveyor<'_, '_> {
+impl Surveyor<'_, '_, '_> {
     fn disk(&mut self, xml: &Path, plan: &Plan) -> Result<()> {
         let d = match self.opener.read_descriptor(xml) {
             Ok(d) => d,
@@ -184,7 +178,9 @@ impl Surveyor<'_, '_> {
             heads.push((file, fields));
         }
         let merging = self.merging(&d, &tree, &nodes, &heads)?;
+        self.meter.expect(nodes.len() as u64);
         for (node, (file, _)) in nodes.iter().zip(&heads) {
+            self.meter.add(1);
             if merging.contains(&node.guid) {
                 let what = "a merge of this image and another was interrupted: the next `ploop \
                             snapshot delete` or `ploop snapshot merge` of the disk finishes it";
@@ -203,7 +199,8 @@ impl Surveyor<'_, '_> {
                 continue;
             }
             let before = self.survey.images.len();
-            self.image(file, converting)?;
+            let below = (node.guid != d.top).then_some(node.guid);
+            self.image(file, converting, below)?;
             for image in &mut self.survey.images[before..] {
                 let readers = tree.readers(node.guid);
                 for step in &mut image.steps {
@@ -321,13 +318,20 @@ impl Surveyor<'_, '_> {
         Ok(out)
     }
 
-    /// One image. `converting`: one of its disk's says that a conversion was interrupted.
-    fn image(&mut self, file: &Arc<dyn StoreFile>, converting: bool) -> Result<()> {
+    /// One image. `converting`: one of its disk's says that a conversion was interrupted. `below`:
+    /// its node, where that is not the top.
+    fn image(
+        &mut self,
+        file: &Arc<dyn StoreFile>,
+        converting: bool,
+        below: Option<Guid>,
+    ) -> Result<()> {
         let path = file.path().to_path_buf();
         self.survey.seen.insert(path.clone());
         let mut notes = Notes::on(&path);
-        let journal = match self.journal(file, &mut notes)? {
-            Journal::Replayable => return Ok(()),
+        let journal = match journal::judge(self.opener, file, &mut notes, below, &mut self.survey)?
+        {
+            Journal::Kept => return Ok(()),
             Journal::Nothing => None,
             Journal::Useless(path) => Some(path),
         };
@@ -358,59 +362,6 @@ impl Surveyor<'_, '_> {
             });
         }
         Ok(())
-    }
-
-    fn journal(&mut self, file: &Arc<dyn StoreFile>, notes: &mut Notes) -> Result<Journal> {
-        let Some(home) = Home::of(self.opener.store(), file.path()) else {
-            return Ok(Journal::Nothing);
-        };
-        if !home.is_live()? {
-            return Ok(Journal::Nothing);
-        }
-        let header = match read_header(file.as_ref()) {
-            Ok((header, _)) => header,
-            Err(e) if e.kind() == Kind::Corrupt => {
-                let what = "the image has a journal, and a header that it cannot be read with";
-                self.survey.cannot(file.path(), what);
-                return Ok(Journal::Replayable);
-            }
-            Err(e) => return Err(e),
-        };
-        let useless = Journal::Useless(home.path().to_path_buf());
-        let log = match journal::read(&home, &header) {
-            Ok(Some(log)) => log,
-            Ok(None) => return Ok(Journal::Nothing),
-            Err(e) if e.kind() == Kind::Corrupt => {
-                let what = format!("its journal is damaged ({}): do without it", e.what());
-                let gives_up = "what was flushed last, in clusters that cannot be named";
-                notes.giving_up(what, gives_up, false);
-                return Ok(useless);
-            }
-            Err(e) => return Err(e),
-        };
-        match log.explain(file.as_ref(), &scan_image(file.as_ref())?) {
-            Ok(_) => {
-                let what = "its journal holds what was flushed last: the next command that opens \
-                            the disk for writing replays it and closes the image";
-                self.survey.leave(file.path(), what);
-                Ok(Journal::Replayable)
-            }
-            Err(e) if e.kind() == Kind::Corrupt => {
-                let cluster = header.cluster_bytes();
-                let mut ranges = Vec::new();
-                for (slot, _) in log.clusters() {
-                    let end = ((slot + 1) * cluster).min(header.size());
-                    push(&mut ranges, slot * cluster..end);
-                }
-                let what = format!(
-                    "{}: its journal cannot be replayed, do without it",
-                    e.what()
-                );
-                notes.losing(what, ranges);
-                Ok(useless)
-            }
-            Err(e) => Err(e),
-        }
     }
 
     /// The copy of header and BAT that OpenVZ's tool keeps while it converts an image.

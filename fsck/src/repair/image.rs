@@ -12,12 +12,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ploop::Result;
-use ploop::format::ploop::Header;
 use ploop::format::ploop::extension::{Extension, FEATURE_DIRTY_BITMAP, read as read_extension};
 use ploop::format::ploop::header::{
     FLAG_CONVERTING, FLAG_EMPTY, HEADER_BYTES, IN_USE_CLOSED, IN_USE_DIRTY, Unchecked,
 };
-use ploop::store::{SECTOR, StoreFile};
+use ploop::format::ploop::{Header, Version};
+use ploop::store::{SECTOR, StoreFile, read_or_zero};
 use ploop::verify::{Class, FindingKind, ImageScan, check_image};
 
 use super::changes::{Changes, ImagePlan, Notes};
@@ -25,6 +25,7 @@ use super::entries::{self, Table};
 use super::fields::{Fields, HeaderBytes};
 use super::geometry::{Refusal, settle};
 use super::ranges::push;
+use super::record::PIECE;
 use super::view::{Copy, View};
 
 /// Feature flag: nobody who does not know the feature may write the image.
@@ -121,6 +122,10 @@ fn restored(
     if same.contains(&false) {
         return unfit("cluster size, entries or size are not those of the image");
     }
+    // One that is not marked was converted already and can be read: it must read the same.
+    if now.flags() & FLAG_CONVERTING == 0 && !same_places(file, &now, &backup.file, &before)? {
+        return unfit("its entries are not those of the image, one of the two was changed");
+    }
     notes.sure(format!(
         "a conversion between v1 and v2 was interrupted: put header and BAT back as they were, \
          from {}",
@@ -128,6 +133,44 @@ fn restored(
     ));
     let view = View::restored(file, &backup.file, header.data_start)?;
     Ok(Ok((view, header.data_start)))
+}
+
+/// Whether every entry of the one image means the same place as that of the other, which has as many.
+fn same_places(
+    file: &Arc<dyn StoreFile>,
+    now: &Fields,
+    other: &Arc<dyn StoreFile>,
+    before: &Fields,
+) -> Result<bool> {
+    let unit = |fields: &Fields| match fields.version() {
+        Some(Version::V2) => u64::from(fields.cluster_sectors()),
+        _ => 1,
+    };
+    let end = Header::slot_offset(u64::from(before.entries()));
+    let (mut ours, mut theirs) = (vec![0; PIECE], vec![0; PIECE]);
+    let mut at = HEADER_BYTES;
+    while at < end {
+        let next = |f: &Arc<dyn StoreFile>| Ok(f.next_data(at, end)?.map(|d| d.start));
+        // Where both are holes, neither has an entry.
+        let Some(data) = [next(file)?, next(other)?].into_iter().flatten().min() else {
+            break;
+        };
+        at = data.max(HEADER_BYTES) & !3;
+        let n = (end - at).min(PIECE as u64) as usize;
+        let (ours, theirs) = (&mut ours[..n], &mut theirs[..n]);
+        read_or_zero(file.as_ref(), ours, at)?;
+        read_or_zero(other.as_ref(), theirs, at)?;
+        let place = |raw: &[u8; 4], unit: u64| u64::from(u32::from_le_bytes(*raw)) * unit;
+        let pairs = ours.as_chunks().0.iter().zip(theirs.as_chunks().0);
+        if pairs
+            .clone()
+            .any(|(a, b)| place(a, unit(now)) != place(b, unit(before)))
+        {
+            return Ok(false);
+        }
+        at += n as u64;
+    }
+    Ok(true)
 }
 
 struct Planner<'a> {

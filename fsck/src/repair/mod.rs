@@ -27,6 +27,7 @@ mod fields;
 mod files;
 mod geometry;
 mod image;
+mod journal;
 mod leftovers;
 mod names;
 mod ranges;
@@ -43,7 +44,10 @@ use ploop::disk::open::{Format, OpenOptions, Opener, Source};
 use ploop::store::Access;
 use ploop::{Error, Result};
 
-pub use apply::{How, Outcome, apply};
+use crate::inside::Files;
+use crate::progress::{Meter, Progress, Stage};
+
+pub use apply::{How, Outcome, apply, apply_with};
 pub use back::{Undone, undo};
 
 use disk::Survey;
@@ -66,6 +70,9 @@ pub struct Step {
     pub automatic: bool,
     /// The nodes of the disk that read this file, where it is a disk's.
     pub snapshots: Vec<Guid>,
+    /// The guest's files that `lost` and `suspect` are in, where somebody asked for them
+    /// ([`crate::inside::name_files`]).
+    pub files: Option<Files>,
 }
 
 impl Step {
@@ -78,6 +85,7 @@ impl Step {
             gives_up: None,
             automatic: false,
             snapshots: Vec::new(),
+            files: None,
         }
     }
 }
@@ -137,6 +145,16 @@ impl Plan {
 /// Errors: `Unsupported` for qcow2; `InUse`, `NotFound`, `Io`. What is damaged beyond repair is no
 /// error.
 pub fn plan(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<Plan> {
+    plan_with(opener, source, options, &mut ())
+}
+
+/// [`plan`], telling how far it is.
+pub fn plan_with(
+    opener: &Opener,
+    source: &Source,
+    options: &OpenOptions,
+    progress: &mut dyn Progress,
+) -> Result<Plan> {
     if source.snapshot.is_some() {
         return Err(
             Error::invalid("a repair is one of the whole disk, not of a snapshot")
@@ -164,7 +182,8 @@ pub fn plan(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<P
         return Ok(plan);
     }
     let mut files = files::Files::new(store);
-    plan.survey = disk::survey(opener, &mut files, &real, &plan)?;
+    let mut meter = Meter::new(progress, Stage::Plan, 0);
+    plan.survey = disk::survey(opener, &mut files, &real, &plan, &mut meter)?;
     drop(files);
     plan.steps = plan.survey.steps();
     plan.unrepairable = plan.survey.unrepairable.clone();

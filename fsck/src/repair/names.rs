@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use ploop::store::{EntryKind, Store};
+use ploop::store::{Access, EntryKind, Store};
 use ploop::{Error, Kind, Result};
 
 use super::disk::SIDE;
@@ -76,11 +76,13 @@ pub(super) fn put_away(store: &dyn Store, plan: &Plan, moves: &[&Move]) -> Resul
     dirs.iter().try_for_each(|dir| store.sync_dir(dir))
 }
 
-/// Puts `bytes` in the place of the file at `path`, in one step.
+/// Puts `bytes` in the place of the file at `path`, in one step. Mode and owner stay.
 pub(super) fn replace(store: &dyn Store, path: &Path, bytes: &[u8]) -> Result<()> {
     forget_new(store, path)?;
     let new = new_name(path);
+    let rights = store.open(path, Access::Read)?.rights()?;
     let written = store.create(&new, 0o600).and_then(|file| {
+        rights.iter().try_for_each(|r| file.set_rights(r))?;
         file.write_at(bytes, 0)?;
         file.sync()
     });

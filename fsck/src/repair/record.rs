@@ -132,8 +132,8 @@ impl Record {
         let record = match kind {
             1 => Record::Root(path(p.0, false)?),
             2 => Record::File {
-                lens: [p.long()?, p.long()?, p.long()?],
-                table_end: p.long()?,
+                lens: [p.place()?, p.place()?, p.place()?],
+                table_end: p.place()?,
                 rest: p.number()?,
                 tail: p.number()?,
                 name: path(p.0, true)?,
@@ -201,6 +201,11 @@ impl<'a> Parser<'a> {
     fn number(&mut self) -> Option<u32> {
         let bytes = self.bytes(4)?.try_into().ok()?;
         Some(u32::from_le_bytes(bytes))
+    }
+
+    /// A byte number that a file can have.
+    fn place(&mut self) -> Option<u64> {
+        self.long().filter(|&n| n <= i64::MAX as u64)
     }
 
     fn long(&mut self) -> Option<u64> {

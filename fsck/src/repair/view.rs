@@ -81,6 +81,23 @@ impl View {
         &self.copies[first..first + count]
     }
 
+    /// The first range that a copy of data is in: a copy of a hole is one.
+    fn next_copied(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
+        for copy in self.copies_in(&(from..to)) {
+            let start = copy.from + from.saturating_sub(copy.to).min(copy.len);
+            let end = copy.from + copy.len;
+            let data = match &self.backup {
+                Some((_, len)) if start < *len => Some(start..end),
+                _ => self.file.next_data(start, end)?,
+            };
+            if let Some(data) = data.filter(|d| d.start < end) {
+                let at = copy.to + (data.start - copy.from);
+                return Ok(Some(at..copy.to + (data.end.min(end) - copy.from)));
+            }
+        }
+        Ok(None)
+    }
+
     fn refuse<T>(&self) -> Result<T> {
         Err(Error::invalid("a plan does not write").on(self.file.path()))
     }
@@ -151,8 +168,7 @@ impl StoreFile for View {
                 .next()
                 .map(|(&at, _)| at..at + 4),
         );
-        let copy = self.copies_in(&(from..to)).first();
-        found.extend(copy.map(|c| c.to..c.to + c.len));
+        found.extend(self.next_copied(from, to)?);
         // Whole words: the file may end within one.
         let whole = found
             .into_iter()

@@ -8,18 +8,16 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Parser, ValueEnum};
 use nbd_server::control::model::Info;
-use nbd_server::control::service::Limits;
-use nbd_server::control::{Control, Jobs, Meter, Parts, Service, go_on_with_merges, operations};
-use nbd_server::export::Disks;
-use nbd_server::{Config, EngineKind, Server};
+use nbd_server::control::{Control, Service, go_on_with_merges};
+use nbd_server::export::{Disks, space};
+use nbd_server::{Config, EngineKind, Server, raise_file_limit};
 use ploop::disk::open::Opener;
 use ploop::{Error, Result};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use snapshots::Root;
+use snapshots::limits::parse_rate;
 use tracing_subscriber::EnvFilter;
 
 /// One service for a store: NBD for its containers, snapshots and templates, and the control API.
@@ -51,6 +49,14 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = Config::default().max_connections,
           value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
+    /// Requests per second of all containers together, shared by their priority.
+    #[arg(long, value_name = "N", value_parser = parse_rate, default_value = "none")]
+    iops: u64,
+    /// Bytes per second of all containers together, shared by their priority.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate, default_value = "none")]
+    bps: u64,
+    #[command(flatten)]
+    space: space::Options,
     /// How requests are executed: inline, uring or portable [default: uring where the kernel
     /// permits it, else portable].
     #[arg(long, env = "PLOOP_ENGINE", value_name = "ENGINE")]
@@ -88,7 +94,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let engine = EngineKind::choose(args.engine)?;
-    let open_files_limit = raise_file_limit(args.max_connections);
+    let open_files_limit = open_files(args.max_connections);
     // Made first, so that its sockets can be in it; then opened with its resolved name.
     let root = Root::open(&args.root, !args.read_only)?;
     let dir = root.dir().to_owned();
@@ -101,30 +107,28 @@ fn run(args: &Args) -> Result<()> {
     let root = Root::on(opener, &dir, false, true)?;
     snapshots::list::names(&root)?;
     let disks = Arc::new(Disks::new(root, args.read_only));
+    disks.throttle().set_store(args.iops, args.bps);
+    disks.watch_space(&args.space)?;
     let config = Config {
         max_connections: args.max_connections,
         engine,
         ..Config::default()
     };
     let mut server = Server::new(disks.clone(), config);
-    let meter = Arc::new(Meter::default());
-    let connections = server.connections();
-    let jobs = Jobs::default();
-    let operations = operations(Parts {
-        disks: disks.clone(),
-        connections: connections.clone(),
-        meter: meter.clone(),
-    });
-    let service = Service {
-        info: info(args, &dir, open_files_limit, engine),
-        connections,
-        jobs: jobs.clone(),
-        meter,
-        operations: operations.clone(),
-        limits: Limits::default(),
+    let info = Info {
+        program: "ploopd".into(),
+        root: Some(dir.display().to_string()),
+        read_only: args.read_only,
+        open_files_limit,
+        ..Info::of_this_process(&config)
     };
+    let service = Service::of(info, disks.clone(), server.connections());
+    let (jobs, operations) = (service.jobs.clone(), service.operations.clone());
     // The control socket is the store's: who has it serves the store. So it is first.
     let control = Control::start(&control_path, service)?;
+    if let Some(space) = disks.space() {
+        space.begin()?;
+    }
     let mut places = listen(&mut server, args, &dir)?;
     go_on_with_merges(&disks, jobs, &operations);
     places.push(format!("control API at {}", control_path.display()));
@@ -159,33 +163,9 @@ fn announce(places: &[String]) -> Result<()> {
         .map_err(|e| Error::io("write", "standard output", e))
 }
 
-fn info(args: &Args, dir: &Path, open_files_limit: u64, engine: EngineKind) -> Info {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    Info {
-        version: env!("CARGO_PKG_VERSION").into(),
-        pid: std::process::id(),
-        program: "ploopd".into(),
-        root: Some(dir.display().to_string()),
-        started: now.map_or(0, |d| d.as_secs()),
-        read_only: args.read_only,
-        max_connections: args.max_connections,
-        open_files_limit,
-        engine: engine.name().into(),
-    }
-}
-
-/// Raises the limit of open files as far as the operating system lets this process, and says what
-/// that allows: an idle export has one descriptor, an open one has one for each of its own images.
-fn raise_file_limit(max_connections: u32) -> u64 {
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    if let Err(e) = setrlimit(Resource::Nofile, wanted) {
-        tracing::warn!(error = %e, "the limit of open files stays as it is");
-    }
-    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+/// The limit of open files, raised as far as it goes.
+fn open_files(max_connections: u32) -> u64 {
+    let allowed = raise_file_limit();
     tracing::info!(open_files = allowed, max_connections, "limits");
     if allowed < u64::from(max_connections).saturating_mul(2) {
         tracing::warn!(

@@ -4,6 +4,7 @@
 //! process opens the disk itself, does the same work on the same code, and closes it again. What the
 //! caller gets is the same either way.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,16 +16,17 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use snapshots::Root;
 
-use super::Parts;
 use super::client::{Client, resource};
 use super::jobs::{Ended, JobHandle, Jobs};
 use super::metrics::Meter;
 use super::model::{
-    CreateContainers, CreatedContainer, Export, GroupSnapshot, Job, Merge, Removed, Rename,
-    Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched, Tree,
+    Backup, BackupRun, BackupStart, Checked, Compact, CreateContainers, CreatedContainer,
+    DiskSpace, Export, GroupSnapshot, Job, Limits, LimitsChange, Merge, Quota, QuotaChange,
+    QuotaNow, Removed, Rename, Resize, Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched,
+    Tracker, TrackerChange, TrackerStart, Tree,
 };
 use super::ops::Operations;
-use super::steward::operations;
+use super::steward::{Parts, operations};
 use crate::export::Disks;
 use crate::serve::{Config, Server};
 
@@ -161,6 +163,13 @@ impl Agent {
         self.get(&["containers", container, "tree"], |o| o.tree(container))
     }
 
+    /// [`Operations::check`].
+    pub fn check(&self, container: &str) -> Result<Checked> {
+        self.post(&["containers", container, "check"], &(), |o| {
+            o.check(container)
+        })
+    }
+
     /// [`Operations::snapshot_create`].
     pub fn snapshot_create(&self, container: &str, new: &SnapshotCreate) -> Result<SnapshotTaken> {
         self.post(&["containers", container, "snapshots"], new, |o| {
@@ -181,6 +190,126 @@ impl Agent {
                 to,
             ),
             Who::Here { operations, .. } => operations.snapshot_rename(container, snapshot, to),
+        }
+    }
+
+    /// [`Operations::quota`].
+    pub fn quota(&self, container: &str) -> Result<Quota> {
+        self.get(&["containers", container, "quota"], |o| o.quota(container))
+    }
+
+    /// [`Operations::quota_change`].
+    pub fn set_quota(&self, container: &str, to: &QuotaChange) -> Result<Quota> {
+        match &self.who {
+            Who::There(client) => client.patch(&resource(&["containers", container, "quota"]), to),
+            Who::Here { operations, .. } => operations.quota_change(container, to),
+        }
+    }
+
+    /// [`Operations::trackers`].
+    pub fn trackers(&self, container: &str) -> Result<Vec<Tracker>> {
+        let path = ["containers", container, "trackers"];
+        self.get(&path, |o| o.trackers(container))
+    }
+
+    /// [`Operations::tracker_start`].
+    pub fn start_tracker(&self, container: &str, request: &TrackerStart) -> Result<Tracker> {
+        match &self.who {
+            Who::There(client) => {
+                client.post(&resource(&["containers", container, "trackers"]), request)
+            }
+            Who::Here { operations, .. } => operations.tracker_start(container, request),
+        }
+    }
+
+    /// [`Operations::tracker_change`].
+    pub fn change_tracker(
+        &self,
+        container: &str,
+        tracker: &str,
+        change: &TrackerChange,
+    ) -> Result<Tracker> {
+        let path = ["containers", container, "trackers", tracker];
+        match (&self.who, change) {
+            (Who::Here { operations, .. }, _) => {
+                operations.tracker_change(container, tracker, change)
+            }
+            (Who::There(client), TrackerChange::Stop) => client.delete(&resource(&path)),
+            (Who::There(client), TrackerChange::Clear) => {
+                let path = [&path[..], &["clear"]].concat();
+                client.post(&resource(&path), &serde_json::json!({}))
+            }
+            (Who::There(client), TrackerChange::Merge(merge)) => {
+                let path = [&path[..], &["merge"]].concat();
+                client.post(&resource(&path), merge)
+            }
+        }
+    }
+
+    /// [`Operations::backups`].
+    pub fn backups(&self, container: &str) -> Result<Vec<Backup>> {
+        let path = ["containers", container, "backups"];
+        self.get(&path, |o| o.backups(container))
+    }
+
+    /// [`Operations::backup_begin`].
+    pub fn begin_backup(&self, container: &str, new: &BackupStart) -> Result<Backup> {
+        let path = ["containers", container, "backups"];
+        self.post(&path, new, |o| o.backup_begin(container, new))
+    }
+
+    /// [`Operations::backup_run`], to its end.
+    pub fn run_backup(
+        &self,
+        container: &str,
+        id: &str,
+        how: &BackupRun,
+        follow: Follow<'_>,
+    ) -> Result<Job> {
+        if let Who::There(client) = &self.who {
+            let path = resource(&["containers", container, "backups", id, "run"]);
+            let job: Job = client.post(&path, how)?;
+            return client.wait(job.id, |j| follow(j.done, j.total));
+        }
+        let (name, id, how) = (container.to_owned(), id.to_owned(), how.clone());
+        self.run("backup", container, follow, move |o, job| {
+            o.backup_run(&name, &id, &how, job)
+        })
+    }
+
+    /// [`Operations::backup_abandon`], to its end.
+    pub fn abandon_backup(&self, container: &str, id: &str, follow: Follow<'_>) -> Result<Job> {
+        if let Who::There(client) = &self.who {
+            let path = resource(&["containers", container, "backups", id]);
+            let job: Job = client.delete(&path)?;
+            return client.wait(job.id, |j| follow(j.done, j.total));
+        }
+        let (name, id) = (container.to_owned(), id.to_owned());
+        self.run("abandon", container, follow, move |o, job| {
+            o.backup_abandon(&name, &id, job)
+        })
+    }
+
+    /// What the store's service knows of its containers' charge without a look at any file: bytes, by
+    /// name, of those that are open under a quota. Nothing where no service answers that.
+    pub fn quotas_in_force(root: &Root) -> HashMap<String, u64> {
+        let ask = |client: Client| client.get::<Vec<QuotaNow>>(&resource(&["quotas"])).ok();
+        let all = service(root.dir()).and_then(ask).unwrap_or_default();
+        all.into_iter().map(|q| (q.container, q.charged)).collect()
+    }
+
+    /// [`Operations::limits`].
+    pub fn limits(&self, container: &str) -> Result<Limits> {
+        self.get(&["containers", container, "limits"], |o| {
+            o.limits(container)
+        })
+    }
+
+    /// [`Operations::limits_change`].
+    pub fn set_limits(&self, container: &str, to: &LimitsChange) -> Result<Limits> {
+        match &self.who {
+            Who::There(client) => client.patch(&resource(&["containers", container, "limits"]), to),
+            Who::Here { operations, .. } => operations.limits_change(container, to),
         }
     }
 
@@ -220,6 +349,25 @@ impl Agent {
         })
     }
 
+    /// [`Operations::space`].
+    pub fn disk_space(&self, container: &str) -> Result<DiskSpace> {
+        self.get(&["containers", container, "space"], |o| {
+            o.disk_space(container)
+        })
+    }
+
+    /// [`Operations::compact`], to its end.
+    pub fn compact(&self, container: &str, to: &Compact, follow: Follow<'_>) -> Result<Job> {
+        if let Who::There(client) = &self.who {
+            let job: Job = client.post(&resource(&["containers", container, "compact"]), to)?;
+            return client.wait(job.id, |j| follow(j.done, j.total));
+        }
+        let (name, request) = (container.to_owned(), to.clone());
+        self.run("compact", container, follow, move |o, job| {
+            o.compact(&name, &request, job)
+        })
+    }
+
     /// [`Operations::merge`], to its end.
     pub fn merge(&self, container: &str, merge: &Merge, follow: Follow<'_>) -> Result<Job> {
         if let Who::There(client) = &self.who {
@@ -229,6 +377,18 @@ impl Agent {
         let (name, merge) = (container.to_owned(), merge.clone());
         self.run("merge", container, follow, move |o, job| {
             o.merge(&name, &merge, job)
+        })
+    }
+
+    /// [`Operations::resize`], to its end.
+    pub fn resize(&self, container: &str, to: &Resize, follow: Follow<'_>) -> Result<Job> {
+        if let Who::There(client) = &self.who {
+            let job: Job = client.post(&resource(&["containers", container, "resize"]), to)?;
+            return client.wait(job.id, |j| follow(j.done, j.total));
+        }
+        let (name, to) = (container.to_owned(), to.clone());
+        self.run("resize", container, follow, move |o, job| {
+            o.resize(&name, &to, job)
         })
     }
 

@@ -28,7 +28,7 @@ pub(super) type Answer<T> = Result<T, Refusal>;
 
 /// An error as the client gets it.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(crate) struct Refusal {
     status: StatusCode,
     error: Error,
 }

@@ -11,7 +11,7 @@ use ploop::error::{Error, Kind, Result};
 use tokio::sync::watch;
 
 use super::failure::Failure;
-use super::model::{Job, JobState};
+use super::model::{Job, JobState, Resized};
 use super::service::seconds;
 
 /// Jobs that are over and still listed.
@@ -69,6 +69,7 @@ struct State {
     /// When, by both clocks.
     ended: Option<(Instant, u64)>,
     message: Option<String>,
+    resized: Option<Resized>,
     error: Option<Failure>,
 }
 
@@ -222,6 +223,7 @@ impl Entry {
                 samples: VecDeque::from([(began, 0)]),
                 ended: None,
                 message: None,
+                resized: None,
                 error: None,
             }),
             changed: Condvar::new(),
@@ -275,6 +277,7 @@ impl Entry {
             started: self.started,
             ended: s.ended.map(|(_, clock)| clock),
             message: s.message.clone(),
+            resized: s.resized.clone(),
             error: s.error.clone(),
         }
     }
@@ -317,6 +320,11 @@ impl JobHandle {
     /// Reports bytes done, and in all.
     pub fn progress(&self, done: u64, total: u64) {
         lock(&self.0.state).progress(done, total, Instant::now());
+    }
+
+    /// Says what came out, for programs.
+    pub fn resized(&self, resized: Resized) {
+        lock(&self.0.state).resized = Some(resized);
     }
 
     /// True when the job was told to stop.

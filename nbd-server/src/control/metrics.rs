@@ -8,8 +8,9 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use super::model::JobState;
+use super::model::{JobState, Limits, QuotaNow};
 use super::service::Service;
+use crate::export::space::Level;
 
 /// The type of the answer.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -110,6 +111,9 @@ pub fn render(service: &Service) -> String {
         help,
         info.open_files_limit,
     );
+    limits(service, &mut text);
+    quotas(service, &mut text);
+    space(service, &mut text);
     jobs(service, &mut text);
     pauses(&service.meter, &mut text);
     text.0
@@ -172,6 +176,180 @@ fn traffic(service: &Service, text: &mut Text) {
     );
     for (export, t) in &totals {
         text.sample(name, &[("export", export)], t.flushes);
+    }
+}
+
+/// Limits that are set, and what they do. A container without any, that never waited, has no series.
+fn limits(service: &Service, text: &mut Text) {
+    let (mut all, (iops, bps)) = service.operations.all_limits();
+    let rates = |l: &Limits| {
+        [
+            ("iops", "total", l.iops),
+            ("iops", "read", l.read_iops),
+            ("iops", "write", l.write_iops),
+            ("bytes_per_second", "total", l.bps),
+            ("bytes_per_second", "read", l.read_bps),
+            ("bytes_per_second", "write", l.write_bps),
+        ]
+    };
+    all.retain(|l| {
+        let set = rates(l).iter().any(|(_, _, rate)| *rate > 0);
+        set || l.throttled_requests + l.waiting > 0
+    });
+    for (unit, help) in [
+        ("iops", "Requests that a container may send in a second."),
+        (
+            "bytes_per_second",
+            "Bytes that a container may read or write in a second.",
+        ),
+    ] {
+        let name = format!("ploop_limit_{unit}");
+        text.head(&name, "gauge", help);
+        for l in &all {
+            let set = rates(l).into_iter().filter(|r| r.0 == unit && r.2 > 0);
+            for (_, op, rate) in set {
+                text.sample(&name, &[("container", &l.container), ("op", op)], rate);
+            }
+        }
+    }
+    let name = "ploop_throttled_requests_total";
+    text.head(name, "counter", "Requests that had to wait for their turn.");
+    for l in &all {
+        text.sample(name, &[("container", &l.container)], l.throttled_requests);
+    }
+    let name = "ploop_throttled_seconds_total";
+    text.head(name, "counter", "How long they waited, together.");
+    for l in &all {
+        text.sample(name, &[("container", &l.container)], l.throttled_seconds);
+    }
+    let name = "ploop_throttled_requests";
+    text.head(name, "gauge", "Requests that wait for their turn now.");
+    for l in &all {
+        text.sample(name, &[("container", &l.container)], l.waiting);
+    }
+    for (name, help, rate) in [
+        (
+            "ploop_store_limit_iops",
+            "Requests in a second, of all containers together; 0: no limit.",
+            iops,
+        ),
+        (
+            "ploop_store_limit_bytes_per_second",
+            "Bytes in a second, of all containers together; 0: no limit.",
+            bps,
+        ),
+    ] {
+        text.one(name, "gauge", help, rate);
+    }
+}
+
+/// What a series says of a quota.
+type Figure = fn(&QuotaNow) -> u64;
+
+/// Quotas of containers that are open. One that is not has no series: its charge would have to be
+/// counted.
+fn quotas(service: &Service, text: &mut Text) {
+    let all = service.operations.quotas();
+    let series: [(&str, &str, &str, Figure); 3] = [
+        (
+            "ploop_quota_bytes",
+            "gauge",
+            "Bytes of the host that an open container may take.",
+            |q| q.quota,
+        ),
+        (
+            "ploop_charged_bytes",
+            "gauge",
+            "Bytes of the host that an open container with a quota is charged for.",
+            |q| q.charged,
+        ),
+        (
+            "ploop_quota_refused_total",
+            "counter",
+            "Requests that needed more than the quota left, since the container was opened.",
+            |q| q.refused,
+        ),
+    ];
+    for (name, kind, help, value) in series {
+        text.head(name, kind, help);
+        for q in &all {
+            text.sample(name, &[("container", &q.container)], value(q));
+        }
+    }
+}
+
+/// The host's room, where it is looked after.
+fn space(service: &Service, text: &mut Text) {
+    let Some(s) = service.operations.space() else {
+        return;
+    };
+    let name = "ploop_host_level";
+    text.head(name, "gauge", "How full the host is; 1 for what holds.");
+    for level in Level::ALL {
+        let holds = u8::from(level.name() == s.level);
+        text.sample(name, &[("level", level.name())], holds);
+    }
+    let gauges = [
+        (
+            "ploop_host_total_bytes",
+            "The store's file system.",
+            s.total,
+        ),
+        (
+            "ploop_host_free_bytes",
+            "What is left of it, without the reserve and what that lacks.",
+            s.free,
+        ),
+        ("ploop_host_soft_bytes", "Below this it is low.", s.soft),
+        (
+            "ploop_host_hard_bytes",
+            "Below this containers get nothing more.",
+            s.hard,
+        ),
+        (
+            "ploop_host_waiting_requests",
+            "Requests that wait for room now.",
+            s.waiting,
+        ),
+        ("ploop_reserve_bytes", "What the reserve holds.", s.reserve),
+        (
+            "ploop_reserve_wanted_bytes",
+            "What the reserve is to hold.",
+            s.reserve_wanted,
+        ),
+    ];
+    for (name, help, value) in gauges {
+        text.one(name, "gauge", help, value);
+    }
+    let name = "ploop_host_became_total";
+    text.head(name, "counter", "How often the host became low, and full.");
+    for (level, times) in [(Level::Low, s.became_low), (Level::Full, s.became_full)] {
+        text.sample(name, &[("level", level.name())], times);
+    }
+    let counters = [
+        (
+            "ploop_host_refused_requests_total",
+            "Requests that failed because the host was full.",
+            s.refused,
+        ),
+        (
+            "ploop_host_waited_requests_total",
+            "Requests that had to wait for room.",
+            s.waited,
+        ),
+        (
+            "ploop_reserve_uses_total",
+            "How often some of the reserve was given up.",
+            s.reserve_uses,
+        ),
+        (
+            "ploop_reserve_given_bytes_total",
+            "How much of it was given up, together.",
+            s.reserve_given,
+        ),
+    ];
+    for (name, help, value) in counters {
+        text.one(name, "counter", help, value);
     }
 }
 

@@ -19,7 +19,7 @@
 //! are bounded, and whatever may block runs on a thread for that.
 
 pub mod agent;
-mod answer;
+pub(crate) mod answer;
 pub mod client;
 pub mod failure;
 pub mod jobs;
@@ -29,9 +29,11 @@ pub mod openapi;
 pub mod ops;
 mod patient;
 mod routes;
+mod routes_backups;
 mod routes_store;
+mod routes_trackers;
 pub mod service;
-mod socket;
+pub(crate) mod socket;
 pub mod steward;
 #[cfg(test)]
 mod tests;
@@ -43,4 +45,4 @@ pub use jobs::{Ended, JobHandle, Jobs};
 pub use metrics::Meter;
 pub use ops::Operations;
 pub use service::{Control, Service};
-pub use steward::{Parts, go_on_with_merges, operations};
+pub use steward::go_on_with_merges;

@@ -1,10 +1,34 @@
 //! What goes over the wire. Times are seconds since 1970, sizes bytes; fields that are unknown to a
 //! reader are ignored, missing ones have their defaults: both sides may be of different versions.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use crate::serve::Config;
+
+mod backup;
+mod checked;
+mod host;
+mod limits;
+mod resize;
+mod space;
+mod tracker;
+mod tree;
+
 pub use super::failure::Failure;
+pub use backup::{Backup, BackupFormat, BackupRun, BackupStart};
+pub use checked::{Checked, Found};
+pub use host::Space;
+pub use limits::{Limits, LimitsChange};
+pub use resize::{Resize, Resized};
+pub use space::{Compact, DiskSpace};
+pub use tracker::{Tracker, TrackerChange, TrackerMerge, TrackerStart};
+pub use tree::{
+    GroupOf, GroupSnapshot, Merge, Node, Rename, Snapshot, SnapshotCreate, SnapshotTaken, Switch,
+    Switched, Tree,
+};
 
 /// The service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -29,6 +53,21 @@ pub struct Info {
     /// How it executes requests: `inline`, `uring` or `portable`.
     #[serde(default)]
     pub engine: String,
+}
+
+impl Info {
+    /// What can be said of this process, which starts now and serves as `config` says.
+    pub fn of_this_process(config: &Config) -> Info {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Info {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            started: now.map_or(0, |d| d.as_secs()),
+            max_connections: config.max_connections,
+            engine: config.engine.name().into(),
+            ..Info::default()
+        }
+    }
 }
 
 /// What kind of thing an export is.
@@ -136,7 +175,7 @@ impl JobState {
 pub struct Job {
     /// Its number.
     pub id: u64,
-    /// `delete`, `merge`, `verify` or `flatten`.
+    /// `delete`, `merge`, `compact`, `resize`, `verify` or `flatten`.
     pub kind: String,
     /// On which container; `template:NAME` for a template.
     pub container: String,
@@ -158,195 +197,12 @@ pub struct Job {
     /// What came out, for people.
     #[serde(default)]
     pub message: Option<String>,
+    /// What a `resize` came to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resized: Option<Resized>,
     /// Why it failed.
     #[serde(default)]
     pub error: Option<Failure>,
-}
-
-/// The group that a snapshot was made with, at one instant.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct GroupOf {
-    /// The same in all of them.
-    pub id: String,
-    /// Its containers.
-    pub members: Vec<String>,
-    /// Each of them has its snapshot: it was not cut half-way, and none was deleted since.
-    pub whole: bool,
-}
-
-/// A snapshot of a container.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Snapshot {
-    /// Its GUID.
-    pub guid: String,
-    /// Its name, if it has one.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// A text for people.
-    #[serde(default)]
-    pub description: String,
-    /// When it was made, if that is known.
-    #[serde(default)]
-    pub created: Option<u64>,
-    /// The snapshot below.
-    #[serde(default)]
-    pub parent: Option<String>,
-    /// The live disk stands on it.
-    pub current: bool,
-    /// It is being removed.
-    #[serde(default)]
-    pub temporary: bool,
-    /// The group that it was made with, if it was.
-    #[serde(default)]
-    pub group: Option<GroupOf>,
-}
-
-/// A snapshot that was made.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct SnapshotTaken {
-    /// Of which container.
-    pub container: String,
-    /// Its GUID.
-    pub guid: String,
-    /// Its name, if it has one.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// How long writers had to wait, in seconds.
-    pub pause: f64,
-    /// Images from base to top, now.
-    pub depth: u64,
-    /// What the user should know.
-    #[serde(default)]
-    pub note: Option<String>,
-}
-
-/// A container's tree.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Tree {
-    /// The container.
-    pub container: String,
-    /// Its nodes, parents before children.
-    pub nodes: Vec<Node>,
-}
-
-/// A node of a tree.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Node {
-    /// Its GUID.
-    pub guid: String,
-    /// Its name, if it has one.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// A text for people.
-    #[serde(default)]
-    pub description: String,
-    /// When it was made, if that is known.
-    #[serde(default)]
-    pub created: Option<u64>,
-    /// The node below.
-    #[serde(default)]
-    pub parent: Option<String>,
-    /// It is the live disk.
-    pub top: bool,
-    /// It is kept only because others stand on it, or is being removed.
-    #[serde(default)]
-    pub hidden: bool,
-    /// Its image's file.
-    pub file: String,
-    /// Other disks use its image too.
-    pub shared: bool,
-    /// Bytes that only this node's disk uses.
-    pub exclusive_bytes: u64,
-    /// Bytes that other disks use too.
-    pub shared_bytes: u64,
-    /// Bytes that deleting the node gives back.
-    pub freed_if_deleted: u64,
-}
-
-/// To make a snapshot.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct SnapshotCreate {
-    /// Its name; unique in the container.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// A text for people.
-    #[serde(default)]
-    pub description: String,
-}
-
-/// To make snapshots of several containers at one instant.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct GroupSnapshot {
-    /// The containers.
-    pub containers: Vec<String>,
-    /// The name of each.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// A text for people.
-    #[serde(default)]
-    pub description: String,
-}
-
-/// To switch a container to a snapshot.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Switch {
-    /// GUID or name of the snapshot.
-    pub snapshot: String,
-    /// Throw away what was written since the last snapshot, instead of keeping it.
-    #[serde(default)]
-    pub discard: bool,
-    /// End the connections of the clients that use it.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// What a switch did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Switched {
-    /// GUID of the snapshot that the live disk now stands on.
-    pub snapshot: String,
-    /// GUID of the snapshot that keeps what was abandoned.
-    #[serde(default)]
-    pub kept: Option<String>,
-    /// Connections that were ended.
-    #[serde(default)]
-    pub ended: u64,
-    /// What the user should know.
-    #[serde(default)]
-    pub note: Option<String>,
-}
-
-/// To merge a node with its parent, which goes, or with all of its chain.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Merge {
-    /// GUID or name of the node; the live disk when not given.
-    #[serde(default)]
-    pub snapshot: Option<String>,
-    /// Merge all, down to the base.
-    #[serde(default)]
-    pub all: bool,
-    /// Only go on with what was begun before.
-    #[serde(default)]
-    pub go_on: bool,
-    /// Bytes per second at most.
-    #[serde(default)]
-    pub rate: Option<u64>,
-}
-
-/// To change what a snapshot is called; what is missing stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Rename {
-    /// Its new name; the empty one takes the name away.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// Its new description.
-    #[serde(default)]
-    pub description: Option<String>,
 }
 
 /// To make containers: from a template, or from a snapshot of another container.
@@ -392,6 +248,41 @@ pub struct GrownLayer {
     pub cached: bool,
 }
 
+/// What a container takes of its host, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Quota {
+    /// Whose it is.
+    pub container: String,
+    /// What is charged: granules of 4 KiB that hold data, of its images and its journal.
+    pub charged: u64,
+    /// What may be; 0 without a quota.
+    #[serde(default)]
+    pub quota: u64,
+    /// What the host has given its files, with room taken ahead.
+    pub host: u64,
+}
+
+/// A quota that is in force: what its container takes now, as far as memory knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct QuotaNow {
+    /// Whose it is.
+    pub container: String,
+    /// What is charged, in bytes.
+    pub charged: u64,
+    /// What may be, in bytes.
+    pub quota: u64,
+    /// Requests that needed more, since the container was opened.
+    pub refused: u64,
+}
+
+/// To change a quota.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QuotaChange {
+    /// What may be charged, in bytes; 0 for no quota.
+    pub quota: u64,
+}
+
 /// What was removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Removed {
@@ -416,6 +307,9 @@ pub struct Container {
     pub template: Option<String>,
     /// Images from base to top.
     pub depth: u64,
+    /// What may be charged, in bytes; 0 without a quota.
+    #[serde(default)]
+    pub quota: u64,
     /// Why the rest is not known: it is damaged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -429,6 +323,7 @@ impl From<snapshots::list::ContainerEntry> for Container {
             data: e.data,
             template: e.template,
             depth: e.depth as u64,
+            quota: e.quota,
             error: e.error,
         }
     }
@@ -458,6 +353,9 @@ pub struct Template {
     pub filesystem: Option<String>,
     /// First byte of the filesystem.
     pub partition_offset: u64,
+    /// The filesystem was given user and group quota.
+    #[serde(default)]
+    pub user_quota: bool,
     /// When it was imported.
     pub created: u64,
     /// What it was imported from.
@@ -476,6 +374,7 @@ impl From<snapshots::list::TemplateEntry> for Template {
             content: e.content,
             filesystem: e.filesystem,
             partition_offset: e.partition_offset,
+            user_quota: e.user_quota,
             created: e.created,
             source: e.source,
         }
@@ -521,42 +420,4 @@ pub struct Force {
     /// End the connections of the clients that use it.
     #[serde(default)]
     pub force: bool,
-}
-
-impl From<snapshots::tree::Snapshot> for Snapshot {
-    fn from(s: snapshots::tree::Snapshot) -> Snapshot {
-        Snapshot {
-            guid: s.guid,
-            name: s.name,
-            description: s.description,
-            created: Some(s.created).filter(|c| *c > 0),
-            parent: s.parent,
-            current: s.current,
-            temporary: false,
-            group: s.group.map(|g| GroupOf {
-                id: g.id,
-                members: g.members,
-                whole: false,
-            }),
-        }
-    }
-}
-
-impl From<snapshots::tree::Node> for Node {
-    fn from(n: snapshots::tree::Node) -> Node {
-        Node {
-            guid: n.guid,
-            name: n.name,
-            description: n.description,
-            created: Some(n.created).filter(|c| *c > 0),
-            parent: n.parent,
-            top: n.top,
-            hidden: n.hidden,
-            file: n.file,
-            shared: n.references.is_some(),
-            exclusive_bytes: n.exclusive,
-            shared_bytes: n.shared,
-            freed_if_deleted: n.freed_if_deleted.unwrap_or(0),
-        }
-    }
 }

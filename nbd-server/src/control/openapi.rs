@@ -11,7 +11,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::{Refusal, Shared};
 use super::service::Peer;
-use super::{routes, routes_store};
+use super::{routes, routes_backups, routes_store, routes_trackers};
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -25,6 +25,8 @@ fn all() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
         .merge(routes::routes())
         .merge(routes_store::routes())
+        .merge(routes_trackers::routes())
+        .merge(routes_backups::routes())
 }
 
 /// The description, as served at `/openapi.json`.

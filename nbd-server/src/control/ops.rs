@@ -7,8 +7,10 @@ use ploop::error::Result;
 
 use super::jobs::{Ended, JobHandle};
 use super::model::{
-    Container, CreateContainers, CreatedContainer, Export, GroupSnapshot, Merge, Removed, Rename,
-    Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched, Template, Tree,
+    Backup, BackupRun, BackupStart, Checked, Compact, Container, CreateContainers,
+    CreatedContainer, DiskSpace, Export, GroupSnapshot, Limits, LimitsChange, Merge, Quota,
+    QuotaChange, QuotaNow, Removed, Rename, Resize, Snapshot, SnapshotCreate, SnapshotTaken, Space,
+    Switch, Switched, Template, Tracker, TrackerChange, TrackerStart, Tree,
 };
 
 /// The operations of a service on its store. `container` is a container's name, `snapshot` a GUID
@@ -34,6 +36,33 @@ pub trait Operations: Send + Sync + Debug {
 
     /// Removes a container; with `force`, one that clients use, by ending their connections.
     fn remove_container(&self, container: &str, force: bool) -> Result<Removed>;
+
+    /// Looks whether the disk and all its images are sound, open or not; nobody who uses it is
+    /// held up while it is. Error: `InUse` while a job rewrites it.
+    fn check(&self, container: &str) -> Result<Checked>;
+
+    /// What a container is charged for, and may be.
+    fn quota(&self, container: &str) -> Result<Quota>;
+
+    /// Changes what it may be: in force and durable on return.
+    fn quota_change(&self, container: &str, request: &QuotaChange) -> Result<Quota>;
+
+    /// What the containers that are open under a quota take now. Costs no file system call, however
+    /// many there are.
+    fn quotas(&self) -> Vec<QuotaNow>;
+
+    /// The I/O limits of a container, and what they do.
+    fn limits(&self, container: &str) -> Result<Limits>;
+
+    /// Changes them: in force and durable on return.
+    fn limits_change(&self, container: &str, request: &LimitsChange) -> Result<Limits>;
+
+    /// The limits of all containers that are or were open, and what the store allows them
+    /// together: requests and bytes per second.
+    fn all_limits(&self) -> (Vec<Limits>, (u64, u64));
+
+    /// The host's room, where it is looked after.
+    fn space(&self) -> Option<Space>;
 
     /// The whole tree, with sizes.
     fn tree(&self, container: &str) -> Result<Tree>;
@@ -61,11 +90,52 @@ pub trait Operations: Send + Sync + Debug {
     /// Makes a container's disk what it was at a snapshot.
     fn switch(&self, container: &str, request: &Switch) -> Result<Switched>;
 
+    /// Resizes a container's disk, and what is on it. Error: `InUse` while clients have it.
+    fn resize(&self, container: &str, request: &Resize, job: &JobHandle) -> Result<Ended>;
+
     /// Merges snapshots.
     fn merge(&self, container: &str, request: &Merge, job: &JobHandle) -> Result<Ended>;
 
     /// Goes on with what earlier merges and deletions of a container left.
     fn go_on(&self, container: &str, job: &JobHandle) -> Result<Ended>;
+
+    /// The trackers of a container, with what they have now.
+    fn trackers(&self, container: &str) -> Result<Vec<Tracker>>;
+
+    /// Begins one; durable on return.
+    fn tracker_start(&self, container: &str, request: &TrackerStart) -> Result<Tracker>;
+
+    /// Ends, clears or fills one; durable on return.
+    fn tracker_change(
+        &self,
+        container: &str,
+        tracker: &str,
+        change: &TrackerChange,
+    ) -> Result<Tracker>;
+
+    /// The backups of a container that have begun and not ended.
+    fn backups(&self, container: &str) -> Result<Vec<Backup>>;
+
+    /// Begins one: its instant is before this returns; durable.
+    fn backup_begin(&self, container: &str, request: &BackupStart) -> Result<Backup>;
+
+    /// Copies one that has begun, to its end. The text of `Done` says what it holds.
+    fn backup_run(
+        &self,
+        container: &str,
+        backup: &str,
+        request: &BackupRun,
+        job: &JobHandle,
+    ) -> Result<Ended>;
+
+    /// Drops one that has begun: the tracker has its bits again.
+    fn backup_abandon(&self, container: &str, backup: &str, job: &JobHandle) -> Result<Ended>;
+
+    /// Where the bytes are that a container takes of its host.
+    fn disk_space(&self, container: &str) -> Result<DiskSpace>;
+
+    /// Gives back the space that a container does not need. The text of `Done` says how much.
+    fn compact(&self, container: &str, request: &Compact, job: &JobHandle) -> Result<Ended>;
 
     /// All templates.
     fn templates(&self) -> Result<Vec<Template>>;

@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 
 use super::answer::{Answer, Asked, Fails, Named, Shared, blocking, json};
 use super::metrics;
-use super::model::{Connection, Export, Info, Job, Wait};
+use super::model::{Connection, Export, Info, Job, Space, Wait};
 use super::openapi::{__path_openapi, openapi};
 use super::service::seconds;
 use crate::serve::{Connected, Totals};
@@ -26,6 +26,7 @@ const END_PATIENCE: Duration = Duration::from_secs(10);
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
         .routes(routes!(info))
+        .routes(routes!(space))
         .routes(routes!(exports))
         .routes(routes!(connections))
         .routes(routes!(connection_end))
@@ -40,6 +41,18 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 #[utoipa::path(get, path = "/v1/info", tag = "service", responses((status = 200, body = Info)))]
 async fn info(State(service): State<Shared>) -> Json<Info> {
     Json(service.info.clone())
+}
+
+/// The host's room: what is left of it, what is kept in reserve, who waits for some. Not of a service
+/// that writes nothing.
+#[utoipa::path(get, path = "/v1/space", tag = "service",
+    responses((status = 200, body = Space), Fails))]
+async fn space(State(service): State<Shared>) -> Answer<Json<Space>> {
+    json(service, |service| {
+        let none = || Error::new(Kind::NotFound, "the host's room is not looked after here");
+        service.operations.space().ok_or_else(none)
+    })
+    .await
 }
 
 /// What NBD clients can open.

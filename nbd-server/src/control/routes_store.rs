@@ -9,8 +9,9 @@ use utoipa_axum::routes;
 use super::answer::{Answer, Asked, Body, Fails, Named, Shared, json};
 use super::jobs::{Ended, JobHandle};
 use super::model::{
-    Container, CreateContainers, CreatedContainer, Force, GroupSnapshot, Job, Merge, Removed,
-    Rename, Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched, Template, Tree,
+    Checked, Compact, Container, CreateContainers, CreatedContainer, DiskSpace, Force,
+    GroupSnapshot, Job, Limits, LimitsChange, Merge, Quota, QuotaChange, QuotaNow, Removed, Rename,
+    Resize, Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched, Template, Tree,
 };
 use super::ops::Operations;
 
@@ -18,11 +19,18 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
         .routes(routes!(containers, container_create))
         .routes(routes!(container, container_remove))
+        .routes(routes!(check))
+        .routes(routes!(quota, quota_change))
+        .routes(routes!(quotas))
+        .routes(routes!(limits, limits_change))
         .routes(routes!(tree))
         .routes(routes!(snapshots, snapshot_create))
         .routes(routes!(snapshot_rename, snapshot_delete))
         .routes(routes!(switch))
         .routes(routes!(merge))
+        .routes(routes!(compact))
+        .routes(routes!(disk_space))
+        .routes(routes!(resize))
         .routes(routes!(group_snapshot))
         .routes(routes!(templates))
         .routes(routes!(template, template_remove))
@@ -31,10 +39,10 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 }
 
 /// A job that was started, and where to look for it.
-type Started = (StatusCode, [(HeaderName, String); 1], Json<Job>);
+pub(super) type Started = (StatusCode, [(HeaderName, String); 1], Json<Job>);
 
 /// Starts a job that is `work`.
-fn start(
+pub(super) fn start(
     service: &Shared,
     kind: &str,
     container: &str,
@@ -89,6 +97,67 @@ async fn container_remove(
 ) -> Answer<Json<Removed>> {
     json(service, move |s| {
         s.operations.remove_container(&name, force)
+    })
+    .await
+}
+
+/// Looks whether a container's disk and all its images are sound, open or not. Nobody who uses it is
+/// held up while it is.
+#[utoipa::path(post, path = "/v1/containers/{name}/check", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    responses((status = 200, body = Checked), Fails))]
+async fn check(State(service): State<Shared>, Named(name): Named<String>) -> Answer<Json<Checked>> {
+    json(service, move |s| s.operations.check(&name)).await
+}
+
+/// What a container takes of its host, and may take.
+#[utoipa::path(get, path = "/v1/containers/{name}/quota", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    responses((status = 200, body = Quota), Fails))]
+async fn quota(State(service): State<Shared>, Named(name): Named<String>) -> Answer<Json<Quota>> {
+    json(service, move |s| s.operations.quota(&name)).await
+}
+
+/// What the containers that are open under a quota take now, without a look at any file.
+#[utoipa::path(get, path = "/v1/quotas", tag = "containers",
+    responses((status = 200, body = Vec<QuotaNow>), Fails))]
+async fn quotas(State(service): State<Shared>) -> Answer<Json<Vec<QuotaNow>>> {
+    json(service, move |s| Ok(s.operations.quotas())).await
+}
+
+/// Changes what it may take; in force and durable when this answers.
+#[utoipa::path(patch, path = "/v1/containers/{name}/quota", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    request_body = QuotaChange,
+    responses((status = 200, body = Quota), Fails))]
+async fn quota_change(
+    State(service): State<Shared>,
+    Named(name): Named<String>,
+    Body(request): Body<QuotaChange>,
+) -> Answer<Json<Quota>> {
+    json(service, move |s| s.operations.quota_change(&name, &request)).await
+}
+
+/// The I/O limits of a container, and what they do.
+#[utoipa::path(get, path = "/v1/containers/{name}/limits", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    responses((status = 200, body = Limits), Fails))]
+async fn limits(State(service): State<Shared>, Named(name): Named<String>) -> Answer<Json<Limits>> {
+    json(service, move |s| s.operations.limits(&name)).await
+}
+
+/// Changes I/O limits; in force and durable when this answers.
+#[utoipa::path(patch, path = "/v1/containers/{name}/limits", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    request_body = LimitsChange,
+    responses((status = 200, body = Limits), Fails))]
+async fn limits_change(
+    State(service): State<Shared>,
+    Named(name): Named<String>,
+    Body(request): Body<LimitsChange>,
+) -> Answer<Json<Limits>> {
+    json(service, move |s| {
+        s.operations.limits_change(&name, &request)
     })
     .await
 }
@@ -198,6 +267,52 @@ async fn merge(
     };
     start(&service, "merge", &name.clone(), &what, move |o, job| {
         o.merge(&name, &request, job)
+    })
+}
+
+/// Where the bytes are that a container takes of its host.
+#[utoipa::path(get, path = "/v1/containers/{name}/space", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    responses((status = 200, body = DiskSpace), Fails))]
+async fn disk_space(
+    State(service): State<Shared>,
+    Named(name): Named<String>,
+) -> Answer<Json<DiskSpace>> {
+    json(service, move |s| s.operations.disk_space(&name)).await
+}
+
+/// Gives back the space that a container does not need, beside its clients: a job.
+#[utoipa::path(post, path = "/v1/containers/{name}/compact", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    request_body = Compact,
+    responses((status = 202, body = Job), Fails))]
+async fn compact(
+    State(service): State<Shared>,
+    Named(name): Named<String>,
+    Body(request): Body<Compact>,
+) -> Answer<Started> {
+    let what = match request.dry_run {
+        true => "what it would give back",
+        false => "the space it does not need",
+    };
+    start(&service, "compact", &name.clone(), what, move |o, job| {
+        o.compact(&name, &request, job)
+    })
+}
+
+/// Resizes a container's disk that nobody uses, and the file system on it, in a job.
+#[utoipa::path(post, path = "/v1/containers/{name}/resize", tag = "containers",
+    params(("name" = String, Path, description = "The container.")),
+    request_body = Resize,
+    responses((status = 202, body = Job), Fails))]
+async fn resize(
+    State(service): State<Shared>,
+    Named(name): Named<String>,
+    Body(request): Body<Resize>,
+) -> Answer<Started> {
+    let what = format!("to {} bytes", request.size);
+    start(&service, "resize", &name.clone(), &what, move |o, job| {
+        o.resize(&name, &request, job)
     })
 }
 

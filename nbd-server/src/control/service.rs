@@ -28,6 +28,8 @@ use super::openapi;
 use super::ops::Operations;
 use super::patient::Patient;
 use super::socket::{self, Listening};
+use super::steward::{Parts, operations};
+use crate::export::Disks;
 use crate::serve::Connections;
 use crate::serve::listen::Listener;
 
@@ -46,6 +48,25 @@ pub struct Service {
     pub operations: Arc<dyn Operations>,
     /// Bounds on what clients do.
     pub limits: Limits,
+}
+
+impl Service {
+    /// What `disks` can do, which the NBD side of `connections` serves.
+    pub fn of(info: Info, disks: Arc<Disks>, connections: Connections) -> Service {
+        let meter = Arc::new(Meter::default());
+        Service {
+            info,
+            connections: connections.clone(),
+            jobs: Jobs::default(),
+            meter: meter.clone(),
+            operations: operations(Parts {
+                disks,
+                connections,
+                meter,
+            }),
+            limits: Limits::default(),
+        }
+    }
 }
 
 /// Bounds on the clients of the API.
@@ -103,7 +124,9 @@ impl Control {
         let (stop, stopped) = watch::channel(false);
         let thread = std::thread::Builder::new().name("control".into());
         let thread = thread.spawn(move || {
-            if let Err(e) = runtime.block_on(serve(listening, Arc::new(service), stopped)) {
+            let limits = service.limits;
+            let router = openapi::router(Arc::new(service));
+            if let Err(e) = runtime.block_on(serve(listening, router, limits, stopped)) {
                 tracing::error!(error = %e, "the control API failed");
             }
             // Waits for operations whose client is gone.
@@ -148,9 +171,11 @@ impl Drop for Control {
 #[derive(Clone, Debug)]
 pub(super) struct Peer(pub(super) Arc<str>);
 
-async fn serve(
+/// Answers at a control socket by `router` until `stop`, then what is in progress.
+pub(crate) async fn serve(
     listening: Listening,
-    service: Arc<Service>,
+    router: Router,
+    limits: Limits,
     mut stop: watch::Receiver<bool>,
 ) -> Result<()> {
     let failed = |e| Error::new(Kind::Io, "listen for the control API").caused_by(e);
@@ -160,8 +185,6 @@ async fn serve(
     socket.set_nonblocking(true).map_err(failed)?;
     let socket = socket.try_clone().map_err(failed)?;
     let listener = UnixListener::from_std(socket).map_err(failed)?;
-    let limits = service.limits;
-    let router = openapi::router(service);
     let slots = Arc::new(Semaphore::new(limits.connections.max(1)));
     let mut clients = JoinSet::new();
     loop {

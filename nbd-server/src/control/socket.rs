@@ -52,13 +52,13 @@ impl Place {
 /// A listening control socket; its file is removed when this is dropped. The order matters: the
 /// file is found through the place.
 #[derive(Debug)]
-pub(super) struct Listening {
+pub(crate) struct Listening {
     pub(super) listener: Listener,
     _place: Place,
 }
 
 /// Listens at `path`; as [`listen::unix`], whatever the length of the path.
-pub(super) fn listen(path: &Path) -> Result<Listening> {
+pub(crate) fn listen(path: &Path) -> Result<Listening> {
     let place = Place::of(path)?;
     let listener = listen::unix(place.path()).map_err(|e| e.on(path))?;
     Ok(Listening {

@@ -4,8 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use ploop::device::{Device, Extent, ReadLease, Segment, WriteLease, WriteSegment, ZeroMode};
+use ploop::device::{
+    Depth, Device, Extent, ReadLease, Segment, WriteLease, WriteSegment, ZeroMode,
+};
 use ploop::error::Result;
+use ploop::tracker::Tracker;
 
 /// Running totals. Each is exact; read together they are of nearly the same instant.
 #[derive(Debug, Default)]
@@ -42,12 +45,31 @@ impl Counters {
 pub struct Counted {
     inner: Arc<dyn Device>,
     counters: Arc<Counters>,
+    waits: bool,
 }
 
 impl Counted {
     /// Counts what goes to `inner` in `counters`.
     pub fn new(inner: Arc<dyn Device>, counters: Arc<Counters>) -> Counted {
-        Counted { inner, counters }
+        Counted {
+            inner,
+            counters,
+            waits: false,
+        }
+    }
+
+    /// The same; a change that the host has no room for has not failed: it is tried again.
+    #[must_use]
+    pub fn waiting_for_room(mut self, waits: bool) -> Counted {
+        self.waits = waits;
+        self
+    }
+
+    fn note_change<T>(&self, result: Result<T>) -> Result<T> {
+        match &result {
+            Err(e) if self.waits && e.is_host_full() => result,
+            _ => self.counters.note(result),
+        }
     }
 }
 
@@ -79,8 +101,10 @@ impl Device for Counted {
     }
 
     fn prepare(&self, range: Range<u64>, segments: &mut Vec<WriteSegment>) -> Result<WriteLease> {
-        count_bytes(&self.counters.write_bytes, &range);
-        self.counters.note(self.inner.prepare(range, segments))
+        let bytes = range.end.saturating_sub(range.start);
+        let lease = self.note_change(self.inner.prepare(range, segments))?;
+        self.counters.write_bytes.fetch_add(bytes, Relaxed);
+        Ok(lease)
     }
 
     fn commit(&self, lease: WriteLease) -> Result<()> {
@@ -90,7 +114,7 @@ impl Device for Counted {
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
         count(&self.counters.zeroes);
-        self.counters.note(self.inner.zero(range, mode))
+        self.note_change(self.inner.zero(range, mode))
     }
 
     fn discard(&self, range: Range<u64>) -> Result<()> {
@@ -101,6 +125,14 @@ impl Device for Counted {
     fn flush(&self) -> Result<()> {
         count(&self.counters.flushes);
         self.counters.note(self.inner.flush())
+    }
+
+    fn depths(&self, range: Range<u64>, limit: usize, depths: &mut Vec<Depth>) -> Result<()> {
+        self.counters.note(self.inner.depths(range, limit, depths))
+    }
+
+    fn bitmaps(&self) -> Vec<Tracker> {
+        self.inner.bitmaps()
     }
 
     fn allocation(&self, range: Range<u64>, limit: usize, extents: &mut Vec<Extent>) -> Result<()> {

@@ -36,6 +36,9 @@ impl Single {
                 device,
                 name,
                 description,
+                gate: None,
+                space: None,
+                lives: None,
             },
         })
     }

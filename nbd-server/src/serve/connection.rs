@@ -13,15 +13,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, sockopt};
 
 use super::engine::{Engine, Sink, Turn};
 use super::hall::Cut;
 use super::input::Input;
+use super::mailbox::Look;
 use super::plane::Plane;
 use super::spin::{Source, Spin};
 use super::traffic::Totals;
+use crate::export::space::OnFull;
 use crate::export::{Counted, Counters};
 use crate::session::Negotiated;
 
@@ -79,6 +82,17 @@ impl Socket {
             Socket::Unix(s) => s.shutdown(how).ok(),
             Socket::Tcp(s) => s.shutdown(how).ok(),
         };
+    }
+
+    /// Whether the peer has closed its end: nothing more will be asked here. Does not block.
+    pub(super) fn hung_up(&self) -> bool {
+        let mut asked = [PollFd::from_borrowed_fd(
+            self.descriptor(),
+            PollFlags::RDHUP,
+        )];
+        let now = Timespec::default();
+        // A socket that cannot be asked counts as in use.
+        matches!(poll(&mut asked, Some(&now)), Ok(1..))
     }
 
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
@@ -197,11 +211,15 @@ pub(super) struct Session<'a> {
 impl Session<'_> {
     /// Serves until the end, and logs that end.
     pub(super) fn run(&self, mut negotiated: Negotiated, rest: Vec<u8>) {
+        let space = negotiated.export.space.as_ref();
+        let waits = space.is_some_and(|s| s.on_full() == OnFull::Pause);
         let device = Counted::new(negotiated.export.device.clone(), self.counters.clone());
+        let device = device.waiting_for_room(waits);
         negotiated.export.device = Arc::new(device);
         let start = Instant::now();
         let mut engine = Engine::of(self.plane, &negotiated);
         let end = self.serve(&mut engine, rest).and_then(|end| {
+            self.settle_held(&mut engine, &end)?;
             let answers = &mut Answers {
                 socket: self.socket,
                 cut: self.cut,
@@ -241,6 +259,29 @@ impl Session<'_> {
         );
     }
 
+    /// What becomes of requests that are held back, or are still to be, when a connection ends.
+    fn settle_held(&self, engine: &mut Engine, end: &End) -> io::Result<()> {
+        let (socket, cut) = (self.socket, self.cut);
+        match end {
+            End::Stopped => engine.release(),
+            End::Disconnected => {
+                while engine.outstanding() > 0 {
+                    let came = engine.wait(Some((socket.descriptor(), Look::End)))?;
+                    if came.gone {
+                        match self.stopping.load(Ordering::Acquire) {
+                            true => engine.release(),
+                            false => engine.forget(),
+                        }
+                        break;
+                    }
+                    engine.reap(&mut Answers { socket, cut })?;
+                }
+            }
+            _ => engine.forget(),
+        }
+        Ok(())
+    }
+
     fn serve(&self, engine: &mut Engine, rest: Vec<u8>) -> io::Result<End> {
         let (socket, cut) = (self.socket, self.cut);
         let stopping = || self.stopping.load(Ordering::Acquire);
@@ -254,7 +295,14 @@ impl Session<'_> {
                 Turn::NeedMore(need) => need,
                 Turn::Full => {
                     while engine.is_full() {
-                        engine.wait(None)?;
+                        // Nothing is received, so nothing else would say that nobody is there.
+                        let end = (engine.held() > 0).then_some((socket.descriptor(), Look::End));
+                        let came = engine.wait(end)?;
+                        if came.gone && stopping() {
+                            engine.release();
+                        } else if came.gone {
+                            return Ok(End::Closed(input.filled().len()));
+                        }
                         engine.reap(&mut Answers { socket, cut })?;
                     }
                     continue;
@@ -268,7 +316,7 @@ impl Session<'_> {
             }
             let mut input_came = engine.outstanding() == 0;
             while !input_came {
-                let came = engine.wait(Some(socket.descriptor()))?;
+                let came = engine.wait(Some((socket.descriptor(), Look::Input)))?;
                 if came.word {
                     engine.reap(&mut Answers { socket, cut })?;
                 }
@@ -339,7 +387,7 @@ mod tests {
         let counted = Arc::new(Counted::new(device, counters.clone()));
         let rules = Rules {
             style: Style::Simple,
-            size: 1 << 20,
+            size: (1 << 20).into(),
             read_only: false,
             contexts: Vec::new(),
         };

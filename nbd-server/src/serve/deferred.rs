@@ -19,7 +19,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use ploop::device::{ReadLease, Segment};
@@ -276,11 +276,18 @@ impl Deferred {
     pub(super) fn wait(&self, socket: Option<BorrowedFd<'_>>) -> io::Result<Came> {
         match &self.line {
             Some(line) if self.landed.is_empty() || self.must_land() => line.mailbox.wait(socket),
-            _ => Ok(Came {
-                word: true,
-                input: false,
-            }),
+            _ => Ok(Came::WORD),
         }
+    }
+
+    /// What to wait for, when something waits.
+    pub(super) fn wake(&self) -> Option<&Arc<OwnedFd>> {
+        self.line.as_ref().map(|line| line.mailbox.wake())
+    }
+
+    /// True when something is over that was not taken yet.
+    pub(super) fn has_landed(&self) -> bool {
+        !self.landed.is_empty()
     }
 }
 

@@ -11,6 +11,8 @@
 //! [`Engine::new`] makes an engine that defers nothing. There is no socket, no thread and no clock
 //! here; a crash test drives this engine with bytes over a recording store.
 //!
+//! What the limits of the container hold back is held before all this ([`super::throttled`]).
+//!
 //! A command that would be deferred is executed here when nothing else waits, neither in the input
 //! nor for a disk: there is nobody to go ahead of it, and handing it over costs more than many
 //! flushes do. Not so a READ: the ring costs little, and the next request may be on its way.
@@ -29,16 +31,18 @@ use ploop::device::{Device, ReadLease};
 
 use super::deferred::Deferred;
 use super::jobs::Answer;
-use super::mailbox::Came;
+use super::mailbox::{self, Came, Look};
 use super::plane::{EngineKind, Plane};
 use super::read::{self, Ask, Now, Stop, Waiting};
+use super::throttled::Throttled;
 use super::work::{self, Scratch, Site};
-use crate::session::replies::Replies;
 use crate::session::transmission::{Action, Command, Next, Refusal, Rules};
 use crate::session::{Negotiated, Output};
 use crate::wire::Put;
 
 pub use super::work::CACHE_MAX;
+
+mod held;
 
 /// Gathered answers are sent when they reach this many bytes. The output holds at most this, plus
 /// one piece of a read in chunks, or plus one whole read where it cannot be split.
@@ -94,23 +98,28 @@ pub struct Engine {
     scratch: Scratch,
     /// None: everything is executed where it comes.
     deferred: Option<Deferred>,
+    /// None: nobody limits what is sent.
+    throttled: Option<Throttled>,
     answers: Vec<Answer>,
+    /// What is executed was held back before.
+    again: bool,
+    /// Requests wait for room since the current run began.
+    crowded: bool,
 }
 
 impl Engine {
     /// An engine that executes on `device` what `rules` let pass, all of it at once.
     pub fn new(device: Arc<dyn Device>, rules: Rules) -> Engine {
         Engine {
-            site: Arc::new(Site {
-                replies: Replies::new(rules.style),
-                device,
-                rules,
-            }),
+            site: Arc::new(Site::new(device, rules)),
             out: Output::new(),
             discarding: None,
             scratch: Scratch::default(),
             deferred: None,
+            throttled: None,
             answers: Vec::new(),
+            again: false,
+            crowded: false,
         }
     }
 
@@ -123,10 +132,23 @@ impl Engine {
         engine
     }
 
+    /// Whether the export is larger than this session knew.
+    fn has_grown(&self) -> bool {
+        self.site.rules.size.raise(self.site.device.size())
+    }
+
     /// The engine of a finished handshake.
     pub fn of(plane: &Arc<Plane>, negotiated: &Negotiated) -> Engine {
         let device = negotiated.export.device.clone();
-        Engine::on(plane, device, Rules::of(negotiated))
+        let engine = Engine::on(plane, device, Rules::of(negotiated));
+        let engine = match &negotiated.export.gate {
+            Some(gate) => engine.behind(gate.clone(), plane),
+            None => engine,
+        };
+        match &negotiated.export.space {
+            Some(space) => engine.waiting_for(space.clone()),
+            None => engine,
+        }
     }
 
     /// Executes every complete request at the start of `input`, sends the answers, and returns the
@@ -134,6 +156,9 @@ impl Engine {
     /// is then over.
     pub fn run(&mut self, input: &[u8], sink: &mut dyn Sink) -> io::Result<(usize, Turn)> {
         let mut used = 0;
+        // Looked at once for all that came together, and again whenever answers are sent.
+        let mut limited = self.is_limited();
+        self.crowded = false;
         let turn = loop {
             if sink.ended() {
                 return Err(io::ErrorKind::ConnectionAborted.into());
@@ -152,13 +177,15 @@ impl Engine {
                     .fail(refusal.tag, refusal.error, &refusal.text, &mut self.out);
                 continue;
             }
-            if self.is_full() {
+            if self.waits_enough() || (limited || self.crowded) && self.holds_enough() {
                 break Turn::Full;
             }
             match self.site.rules.next(rest) {
                 Next::NeedMore(n) => break Turn::NeedMore(n),
                 Next::Disconnect => break Turn::Disconnected,
                 Next::Violation(why) => break Turn::Violated(why),
+                // Judged by the size that the client was told: once more by what it is now.
+                Next::Refused { .. } if self.has_grown() => {}
                 Next::Refused {
                     refusal,
                     header,
@@ -178,6 +205,10 @@ impl Engine {
                     payload,
                 } => {
                     let end = header + payload;
+                    if limited && self.holds(&command, &rest[header..end])? {
+                        used += end;
+                        continue;
+                    }
                     let alone = rest.len() == end && self.outstanding() == 0;
                     self.execute(&command, &rest[header..end], alone, sink)?;
                     used += end;
@@ -185,6 +216,7 @@ impl Engine {
             }
             if self.out.len() >= SEND_AT {
                 self.send(sink)?;
+                limited = self.is_limited();
             }
         };
         if self.outstanding() > 0 {
@@ -196,23 +228,40 @@ impl Engine {
 
     /// Requests that were taken and are not answered.
     pub fn outstanding(&self) -> usize {
-        self.deferred.as_ref().map_or(0, Deferred::count)
+        self.deferred.as_ref().map_or(0, Deferred::count) + self.held()
     }
 
     /// True when no request is taken before some of those are answered.
     pub fn is_full(&self) -> bool {
+        self.waits_enough() || self.holds_enough()
+    }
+
+    /// True when no more may wait for a disk.
+    fn waits_enough(&self) -> bool {
         self.deferred.as_ref().is_some_and(Deferred::is_full)
     }
 
-    /// Waits until one of those can be answered, or `socket` can be read.
-    pub(super) fn wait(&self, socket: Option<BorrowedFd<'_>>) -> io::Result<Came> {
-        match self.deferred.as_ref().filter(|d| d.count() > 0) {
-            Some(deferred) => deferred.wait(socket),
-            None => Ok(Came {
-                word: true,
+    /// Waits until one of those can go on or be answered, or for `socket`.
+    pub(super) fn wait(&self, socket: Option<(BorrowedFd<'_>, Look)>) -> io::Result<Came> {
+        let deferred = self.deferred.as_ref().filter(|d| d.count() > 0);
+        let throttled = self.throttled.as_ref().filter(|t| t.count() > 0);
+        if deferred.is_none() && throttled.is_none() {
+            return Ok(Came {
                 input: true,
-            }),
+                ..Came::WORD
+            });
         }
+        // What is ready waits for room among the deferred, where that is full.
+        let room = !self.waits_enough();
+        let ready = throttled.is_some_and(Throttled::is_ready) && room;
+        if ready || deferred.is_some_and(Deferred::has_landed) {
+            return Ok(Came::WORD);
+        }
+        let wakes = [
+            deferred.and_then(Deferred::wake),
+            throttled.and_then(Throttled::wake),
+        ];
+        mailbox::wait_for(wakes, socket)
     }
 
     /// Answers those of the outstanding requests that are done. Errors as for [`Engine::run`].
@@ -234,6 +283,7 @@ impl Engine {
     /// neither is left.
     fn settle(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
         loop {
+            self.go_on(sink)?;
             let Some(deferred) = &mut self.deferred else {
                 return Ok(());
             };
@@ -251,6 +301,9 @@ impl Engine {
                 self.pass_on(&answer.out, sink)?;
                 if let Some((ask, at)) = answer.more {
                     self.read(&ask, at, sink)?;
+                }
+                if let Some(command) = &answer.again {
+                    self.try_later(command)?;
                 }
             }
             self.answers = answers;
@@ -284,6 +337,7 @@ impl Engine {
         self.out.is_large()
             || self.scratch.segments.capacity() > read::KEEP_SEGMENTS
             || self.deferred.as_ref().is_some_and(Deferred::is_large)
+            || self.throttled.as_ref().is_some_and(Throttled::is_large)
     }
 
     /// Gives the memory of buffers back, and the ring; they come again when needed.
@@ -292,8 +346,11 @@ impl Engine {
         self.scratch = Scratch::default();
         self.answers = Vec::new();
         self.deferred.as_mut().map(Deferred::shrink);
+        self.throttled.as_mut().map(Throttled::shrink);
     }
 
+    // For requests as they come; what was held back comes by a way of its own.
+    #[inline(always)]
     fn execute(
         &mut self,
         c: &Command,
@@ -314,6 +371,13 @@ impl Engine {
         let defer = self.deferred.as_mut().filter(|_| !alone);
         if c.action == Action::Write {
             let written = self.site.write(c.range.clone(), payload, &mut self.scratch);
+            if let Err(e) = &written
+                && self.waits_for_room(e, c, payload)?
+            {
+                return Ok(());
+            }
+            // Borrowed anew.
+            let defer = self.deferred.as_mut().filter(|_| !alone);
             let flush = c.fua && written.is_ok();
             if flush && defer.is_some_and(|d| d.command(&work::flush_after(c))) {
                 return Ok(());
@@ -328,7 +392,12 @@ impl Engine {
         if work::is_slow(c) && defer.is_some_and(|d| d.command(c)) {
             return Ok(());
         }
-        self.site.perform(c, &mut self.scratch, &mut self.out);
+        let refused = self.site.perform(c, true, &mut self.scratch, &mut self.out);
+        match refused {
+            Some(e) if self.waits_for_room(&e, c, &[])? => {}
+            Some(e) => self.site.answer(c.tag, Err(e), false, &mut self.out),
+            None => {}
+        }
         Ok(())
     }
 

@@ -69,6 +69,15 @@ impl Connections {
         all
     }
 
+    /// Who uses the exports that `which` says, without those whose client has hung up already: for
+    /// these it waits, at most `patience` in all. Blocks.
+    pub fn staying(&self, which: impl Fn(&str) -> bool, patience: Duration) -> Vec<Connected> {
+        self.0.wait_for_leaving(&which, patience);
+        let mut all = self.list();
+        all.retain(|c| which(&c.export));
+        all
+    }
+
     /// How many clients each export has; those without any are not in it.
     pub fn clients(&self) -> HashMap<String, usize> {
         let mut clients = HashMap::new();
@@ -307,6 +316,23 @@ impl Hall {
         self.book().seated.values().for_each(Entry::cut);
     }
 
+    fn wait_for_leaving(&self, which: impl Fn(&str) -> bool, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let mut book = self.book();
+        let leaving = |e: &Entry| {
+            let gone = || e.socket.as_ref().is_some_and(|s| s.hung_up());
+            which(e.export()) && gone()
+        };
+        while book.seated.values().any(leaving) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.left.wait_timeout(book, left);
+            book = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     fn end(&self, which: impl Fn(u64, &Entry) -> bool, patience: Duration) -> Result<usize> {
         let deadline = Instant::now() + patience;
         let mut book = self.book();
@@ -409,5 +435,9 @@ impl Exports for Watched<'_> {
         };
         self.seat.set_names(names);
         opened
+    }
+
+    fn tracker_names(&self, export: &OpenExport) -> Result<HashMap<String, String>> {
+        self.exports.tracker_names(export)
     }
 }

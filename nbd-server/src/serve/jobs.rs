@@ -35,6 +35,8 @@ pub(super) struct Answer {
     pub(super) more: Option<(Ask, u64)>,
     /// The bytes that it was counted with.
     pub(super) bytes: u64,
+    /// A command that the host had no room for: not answered, to be tried again.
+    pub(super) again: Option<Command>,
 }
 
 impl ReadJob {
@@ -49,6 +51,7 @@ impl ReadJob {
             out,
             more: (at < self.ask.range.end).then_some((self.ask, at)),
             bytes,
+            again: None,
         }
     }
 
@@ -69,6 +72,7 @@ impl ReadJob {
                 Answer {
                     bytes: self.bytes(),
                     more: None,
+                    again: None,
                     out,
                 }
             }
@@ -95,11 +99,13 @@ impl Job {
             Job::Read(job) => job.read(),
             Job::Command(command) => {
                 let mut out = Output::new();
-                site.perform(&command, &mut Scratch::default(), &mut out);
+                let waits = site.waits();
+                let refused = site.perform(&command, waits, &mut Scratch::default(), &mut out);
                 Answer {
                     out,
                     more: None,
                     bytes: 0,
+                    again: refused.map(|_| command),
                 }
             }
         }

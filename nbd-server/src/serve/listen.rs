@@ -150,7 +150,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<()> {
 
 /// Listens on every address that `address` ("HOST:PORT", IPv6 in brackets) stands for. May block
 /// while the name is looked up. Without `insecure`, only loopback addresses are accepted.
-pub(super) fn tcp(address: &str, insecure: bool) -> Result<Vec<(SocketAddr, Listener)>> {
+pub(crate) fn tcp(address: &str, insecure: bool) -> Result<Vec<(SocketAddr, Listener)>> {
     let found = address.to_socket_addrs().map_err(|e| {
         Error::invalid(format!("'{address}' is not an address"))
             .caused_by(e)

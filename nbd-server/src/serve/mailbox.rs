@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+use crate::export::limits::Told;
+
 /// See the module text.
 #[derive(Debug)]
 pub(super) struct Mailbox<T> {
@@ -24,6 +26,23 @@ pub(super) struct Came {
     pub(super) word: bool,
     /// The socket can be read, or has ended.
     pub(super) input: bool,
+    /// The client has closed the socket, or it was shut down here.
+    pub(super) gone: bool,
+}
+
+impl Came {
+    /// Something was finished.
+    pub(super) const WORD: Came = Came {
+        word: true,
+        input: false,
+        gone: false,
+    };
+}
+
+impl Told for Mailbox<u64> {
+    fn granted(&self, ticket: u64) {
+        self.post(ticket);
+    }
 }
 
 impl<T> Mailbox<T> {
@@ -64,34 +83,62 @@ impl<T> Mailbox<T> {
 
     /// Waits until something was posted or a ring completed something, or `socket` can be read.
     pub(super) fn wait(&self, socket: Option<BorrowedFd<'_>>) -> io::Result<Came> {
-        let wake = PollFd::new(self.wake.as_ref(), PollFlags::IN);
-        let came = match socket {
-            None => {
-                let mut one = [wake];
-                wait(&mut one)?;
-                Came {
-                    word: true,
-                    input: false,
-                }
-            }
-            Some(socket) => {
-                let mut both = [wake, PollFd::from_borrowed_fd(socket, PollFlags::IN)];
-                wait(&mut both)?;
-                Came {
-                    word: !both[0].revents().is_empty(),
-                    input: !both[1].revents().is_empty(),
-                }
-            }
-        };
-        if came.word {
-            let mut count = [0; 8];
-            match rustix::io::read(self.wake.as_fd(), &mut count) {
-                Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(came)
+        wait_for([Some(&self.wake), None], socket.map(|s| (s, Look::Input)))
     }
+}
+
+/// What is waited for at a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// Something to receive, or its end.
+    Input,
+    /// Its end only.
+    End,
+}
+
+/// Waits for one of several mailboxes, or for a socket. Without any it does not wait.
+pub(super) fn wait_for(
+    wakes: [Option<&Arc<OwnedFd>>; 2],
+    socket: Option<(BorrowedFd<'_>, Look)>,
+) -> io::Result<Came> {
+    let mut on = Vec::with_capacity(3);
+    if let Some((socket, look)) = socket {
+        let flags = match look {
+            Look::Input => PollFlags::IN | PollFlags::RDHUP,
+            Look::End => PollFlags::RDHUP,
+        };
+        on.push(PollFd::from_borrowed_fd(socket, flags));
+    }
+    on.extend(
+        wakes
+            .iter()
+            .flatten()
+            .map(|w| PollFd::new(*w, PollFlags::IN)),
+    );
+    if on.is_empty() {
+        return Ok(Came::WORD);
+    }
+    wait(&mut on)?;
+    let mut came = Came {
+        word: false,
+        input: false,
+        gone: false,
+    };
+    if socket.is_some() {
+        let events = on.remove(0).revents();
+        came.input = !events.is_empty();
+        came.gone = events.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR);
+    }
+    let woken = wakes.iter().flatten().zip(&on);
+    for (wake, _) in woken.filter(|(_, p)| !p.revents().is_empty()) {
+        came.word = true;
+        let mut count = [0; 8];
+        match rustix::io::read(wake.as_fd(), &mut count) {
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(came)
 }
 
 fn wait(on: &mut [PollFd<'_>]) -> io::Result<()> {

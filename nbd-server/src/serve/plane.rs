@@ -24,6 +24,10 @@ use super::pool::Pool;
 /// at their own bound busy, and is a small part of any machine that has more.
 const IN_FLIGHT: u64 = 256 << 20;
 
+/// Bytes of writes that wait for their turn by the limits of their containers, in all connections
+/// together. One request of each connection comes on top, which its input has room for anyway.
+const HELD: u64 = 256 << 20;
+
 /// How requests are executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineKind {
@@ -111,6 +115,7 @@ pub struct Plane {
     pub(super) pool: Pool,
     pub(super) make_ring: MakeRing,
     in_flight: AtomicU64,
+    held: AtomicU64,
 }
 
 impl Plane {
@@ -125,6 +130,7 @@ impl Plane {
             pool: Pool::default(),
             make_ring,
             in_flight: AtomicU64::new(0),
+            held: AtomicU64::new(0),
         })
     }
 
@@ -145,6 +151,21 @@ impl Plane {
     /// Counts them as landed.
     pub(super) fn leave(&self, bytes: u64) {
         self.in_flight.fetch_sub(bytes, Relaxed);
+    }
+
+    /// Counts payloads that are held until their turn comes.
+    pub(super) fn hold(&self, bytes: u64) {
+        self.held.fetch_add(bytes, Relaxed);
+    }
+
+    /// They went on.
+    pub(super) fn let_go(&self, bytes: u64) {
+        self.held.fetch_sub(bytes, Relaxed);
+    }
+
+    /// True when so much is held that nobody who holds a request takes another.
+    pub(super) fn holds_much(&self) -> bool {
+        self.held.load(Relaxed) >= HELD
     }
 
     /// Bytes in flight in all connections.

@@ -1,12 +1,15 @@
 //! One command, executed: by whichever thread.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use ploop::device::{Device, Extent, Segment, WriteSegment};
+use ploop::device::{Device, Segment, WriteSegment};
 use ploop::error::{Error, Kind, Result};
 
 use super::read;
+use crate::export::Space;
+use crate::export::space::OnFull;
+use crate::session::context::Extents;
 use crate::session::replies::{Replies, Tag};
 use crate::session::transmission::{Action, Command, Rules};
 use crate::session::{MAX_EXTENTS, Output, errno};
@@ -33,6 +36,7 @@ pub(super) struct Site {
     pub(super) device: Arc<dyn Device>,
     pub(super) rules: Rules,
     pub(super) replies: Replies,
+    space: OnceLock<Arc<Space>>,
 }
 
 /// Memory that is used again.
@@ -40,7 +44,7 @@ pub(super) struct Site {
 pub(super) struct Scratch {
     pub(super) segments: Vec<Segment>,
     write_segments: Vec<WriteSegment>,
-    extents: Vec<Extent>,
+    extents: Extents,
     bytes: Vec<u8>,
 }
 
@@ -67,11 +71,41 @@ pub(super) fn flush_after(c: &Command) -> Command {
 }
 
 impl Site {
-    /// Executes a command that has no payload and is no READ, and answers it.
-    pub(super) fn perform(&self, c: &Command, scratch: &mut Scratch, out: &mut Output) {
+    pub(super) fn new(device: Arc<dyn Device>, rules: Rules) -> Site {
+        Site {
+            replies: Replies::new(rules.style),
+            device,
+            rules,
+            space: OnceLock::new(),
+        }
+    }
+
+    /// The host's room is looked after by `space`.
+    pub(super) fn look_after(&self, space: Arc<Space>) {
+        drop(self.space.set(space));
+    }
+
+    /// True when what the host has no room for waits for some.
+    pub(super) fn waits(&self) -> bool {
+        let pauses = |s: &Arc<Space>| s.on_full() == OnFull::Pause;
+        self.space.get().is_some_and(pauses)
+    }
+
+    /// Executes a command that has no payload and is no READ, and answers it. Not when it `may_wait`
+    /// and the host has no room for it: that error is returned.
+    pub(super) fn perform(
+        &self,
+        c: &Command,
+        may_wait: bool,
+        scratch: &mut Scratch,
+        out: &mut Output,
+    ) -> Option<Error> {
         let (range, mut fast) = (c.range.clone(), false);
         let done = match c.action {
-            Action::Status { one } => return self.status(c.tag, &range, one, scratch, out),
+            Action::Status { one } => {
+                self.status(c.tag, &range, one, scratch, out);
+                return None;
+            }
             Action::Flush => self.flush(),
             Action::Trim => self.device.discard(range),
             Action::Cache => self.cache(range, scratch),
@@ -88,10 +122,15 @@ impl Site {
             true => done.and_then(|()| self.device.flush()),
             false => done,
         };
-        self.answer(c.tag, done, fast, out);
+        match done {
+            Err(e) if may_wait && c.action != Action::Flush && e.is_host_full() => return Some(e),
+            done => self.answer(c.tag, done, fast, out),
+        }
+        None
     }
 
     /// Answers a command that was executed.
+    #[inline]
     pub(super) fn answer(&self, tag: Tag, done: Result<()>, fast: bool, out: &mut Output) {
         match done {
             Ok(()) => self.replies.ok(tag, out),
@@ -103,6 +142,9 @@ impl Site {
     /// most.
     fn fail(&self, tag: Tag, e: &Error, fast: bool, out: &mut Output) {
         let error = errno::of(e.kind(), fast);
+        if let Some(space) = self.space.get().filter(|_| e.is_host_full()) {
+            space.note_refused();
+        }
         if fast && e.kind() == Kind::Unsupported {
             tracing::debug!(error = %e, "fast zero refused");
         } else {
@@ -179,17 +221,12 @@ impl Site {
         let count = self.rules.contexts.len();
         let extents = &mut scratch.extents;
         for (i, context) in self.rules.contexts.iter().enumerate() {
-            let asked = self.device.allocation(range.clone(), limit, extents);
-            let asked = asked.and_then(|()| match extents.is_empty() {
-                true => Err(Error::new(Kind::Io, "the device gave no extent")),
-                false => Ok(()),
-            });
-            if let Err(e) = asked {
+            let device = self.device.as_ref();
+            if let Err(e) = context.describe(device, range.clone(), limit, extents) {
                 return self.fail(tag, &e, false, out);
             }
-            extents.truncate(limit);
             let (id, done) = (i as u32 + 1, i + 1 == count);
-            self.replies.status(tag, id, *context, extents, done, out);
+            self.replies.status(tag, id, &extents.found, done, out);
         }
     }
 }

@@ -33,6 +33,8 @@ pub const MAX_PAYLOAD: u32 = 32 << 20;
 pub const MAX_DISCARD: u64 = 64 << 20;
 /// Most extents in one status.
 pub const MAX_EXTENTS: usize = 16 << 10;
+/// Most metadata contexts of one session.
+pub const MAX_CONTEXTS: usize = 16;
 /// Longest option data that is looked at.
 pub const MAX_OPTION: u32 = 64 << 10;
 /// Longest option data that is skipped and refused; a longer one ends the session.

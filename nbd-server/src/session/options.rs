@@ -3,9 +3,9 @@
 use ploop::error::Error;
 
 use crate::export::{Exports, OpenExport};
-use crate::session::context::Context;
+use crate::session::context::{self, Context};
 use crate::session::handshake::{Handshake, Step};
-use crate::session::{Negotiated, block_sizes, errno, transmission_flags};
+use crate::session::{MAX_CONTEXTS, Negotiated, block_sizes, errno, transmission_flags};
 use crate::wire::greeting::ExportReply;
 use crate::wire::option::{InfoRequest, MetaRequest, info, kind};
 use crate::wire::option_reply::{self as answer, kind as reply};
@@ -203,14 +203,17 @@ impl Handshake {
         &mut self,
         data: &'d [u8],
         exports: &dyn Exports,
-    ) -> Result<MetaRequest<'d>, Refused> {
-        if self.style() == Style::Simple {
+    ) -> Result<(MetaRequest<'d>, Vec<Context>), Refused> {
+        let parsed = MetaRequest::parse(data);
+        let for_life = |r: &MetaRequest<'_>| r.queries().eq([context::LIFE]);
+        if self.style() == Style::Simple && !parsed.as_ref().is_ok_and(for_life) {
             let text = "metadata contexts need structured replies first".into();
             return Err((reply::ERR_INVALID, text));
         }
-        let request = MetaRequest::parse(data).map_err(malformed)?;
-        self.open(request.name, exports).map_err(|e| failed(&e))?;
-        Ok(request)
+        let request = parsed.map_err(malformed)?;
+        let export = self.open(request.name, exports);
+        let contexts = export.and_then(|export| Context::all_of(export, exports));
+        Ok((request, contexts.map_err(|e| failed(&e))?))
     }
 
     fn list_contexts(
@@ -219,12 +222,25 @@ impl Handshake {
         out: &mut Vec<u8>,
         exports: &dyn Exports,
     ) -> Result<(), Refused> {
-        let request = self.meta(data, exports)?;
+        let (request, contexts) = self.meta(data, exports)?;
         let all = request.queries().next().is_none();
-        for context in Context::ALL {
+        for context in contexts {
             if all || request.queries().any(|q| context.listed_by(q)) {
                 answer::meta_context(kind::LIST_META_CONTEXT, 0, context.name(), out);
             }
+        }
+        if request.queries().any(|q| q == context::LIFE)
+            && let Some(lives) = &self
+                .open(request.name, exports)
+                .map_err(|e| failed(&e))?
+                .lives
+        {
+            let name = format!(
+                "{}:{}",
+                context::LIFE,
+                lives.life().map_err(|e| failed(&e))?
+            );
+            answer::meta_context(kind::LIST_META_CONTEXT, 0, &name, out);
         }
         Ok(())
     }
@@ -237,9 +253,12 @@ impl Handshake {
     ) -> Result<(), Refused> {
         // The old selection goes even when the new one fails.
         self.selected = None;
-        let request = self.meta(data, exports)?;
-        let chosen = |c: &Context| request.queries().any(|q| c.selected_by(q));
-        let contexts: Vec<_> = Context::ALL.into_iter().filter(chosen).collect();
+        let (request, mut contexts) = self.meta(data, exports)?;
+        contexts.retain(|c| request.queries().any(|q| c.selected_by(q)));
+        if contexts.len() > MAX_CONTEXTS {
+            let text = format!("{} contexts are more than {MAX_CONTEXTS}", contexts.len());
+            return Err((reply::ERR_TOO_BIG, text));
+        }
         for (id, context) in (1..).zip(&contexts) {
             answer::meta_context(kind::SET_META_CONTEXT, id, context.name(), out);
         }

@@ -9,12 +9,10 @@
 //! Data is put behind its header before the header is written: a chunk is announced only when its
 //! bytes are there, so an error half-way through a read never leaves a chunk to be padded.
 
-use crate::session::context::Context;
 use crate::session::output::Output;
 use crate::wire::Put;
 use crate::wire::chunk::{self, kind};
 use crate::wire::reply::{Chunk, DONE, Simple, Style};
-use ploop::device::Extent;
 
 /// Which request is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,8 +166,7 @@ impl Replies {
         &self,
         tag: Tag,
         id: u32,
-        context: Context,
-        extents: &[Extent],
+        extents: &[chunk::Extent],
         done: bool,
         out: &mut Output,
     ) {
@@ -178,19 +175,15 @@ impl Replies {
         self.chunk(tag, done, chunk::status_kind(self.style), length, out);
         let count = u32::try_from(extents.len()).unwrap_or(u32::MAX);
         chunk::put_status_head(self.style, id, count, out);
-        for e in extents {
-            let extent = chunk::Extent {
-                len: e.len,
-                flags: context.flags(e),
-            };
-            chunk::put_extent(self.style, extent, out);
+        for extent in extents {
+            chunk::put_extent(self.style, *extent, out);
         }
     }
 
     /// The extents up to and with the first that is too long for 32 bits: that one is cut, and
     /// nothing may follow a cut one.
-    fn nameable<'a>(&self, extents: &'a [Extent]) -> &'a [Extent] {
-        let too_long = |e: &Extent| e.len > chunk::MAX_COMPACT_EXTENT;
+    fn nameable<'a>(&self, extents: &'a [chunk::Extent]) -> &'a [chunk::Extent] {
+        let too_long = |e: &chunk::Extent| e.len > chunk::MAX_COMPACT_EXTENT;
         match extents.iter().position(too_long) {
             Some(i) if self.style != Style::Extended => &extents[..=i],
             _ => extents,
@@ -248,26 +241,11 @@ mod tests {
 
     #[test]
     fn extents_end_at_the_first_that_must_be_cut() {
-        let extents = [
-            Extent {
-                len: 4096,
-                hole: false,
-                zero: false,
-            },
-            Extent {
-                len: 1 << 33,
-                hole: true,
-                zero: true,
-            },
-            Extent {
-                len: 4096,
-                hole: false,
-                zero: false,
-            },
-        ];
+        let extents = [(4096, 0), (1 << 33, 3), (4096, 0)];
+        let extents = extents.map(|(len, flags)| chunk::Extent { len, flags });
         for (style, count) in [(Style::Structured, 2), (Style::Extended, 3)] {
             let mut out = Output::new();
-            Replies::new(style).status(TAG, 1, Context::Allocation, &extents, true, &mut out);
+            Replies::new(style).status(TAG, 1, &extents, true, &mut out);
             let payload = &out.filled()[Chunk::header_len(style)..];
             let (id, got) = chunk::parse_status(style, payload).unwrap();
             assert_eq!((id, got.len(), got[1].flags), (1, count, 3));

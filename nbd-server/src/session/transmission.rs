@@ -13,9 +13,11 @@
 //! | compact WRITE up to [`MAX_DISCARD`] | payload thrown away, `EINVAL` |
 //! | compact WRITE longer than that, extended payload past [`MAX_PAYLOAD`] | the session ends |
 //!
+//! The end is where the client was told that it is, or behind that, where the export has grown since.
 //! The payload of a refused request is thrown away as it comes, never gathered.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ploop::device::{Device, ZeroMode};
 
@@ -105,13 +107,41 @@ pub enum Next {
     Violation(&'static str),
 }
 
+/// Bytes of an export: what the client was told, and more once it asks for more of one that has grown.
+#[derive(Debug)]
+pub struct Size(AtomicU64);
+
+impl Size {
+    /// The size that requests are judged by.
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// The export has `bytes`; true when that is more than was known.
+    pub fn raise(&self, bytes: u64) -> bool {
+        self.0.fetch_max(bytes, Ordering::Relaxed) < bytes
+    }
+}
+
+impl From<u64> for Size {
+    fn from(bytes: u64) -> Size {
+        Size(AtomicU64::new(bytes))
+    }
+}
+
+impl Clone for Size {
+    fn clone(&self) -> Size {
+        self.bytes().into()
+    }
+}
+
 /// What a session's requests are judged by.
 #[derive(Clone, Debug)]
 pub struct Rules {
     /// Headers and replies.
     pub style: Style,
     /// Bytes of the export.
-    pub size: u64,
+    pub size: Size,
     /// True when changes are refused.
     pub read_only: bool,
     /// What `BLOCK_STATUS` answers; ids are places plus one.
@@ -123,21 +153,22 @@ impl Rules {
     pub fn of(n: &Negotiated) -> Rules {
         Rules {
             style: n.style,
-            size: n.size,
+            size: n.size.into(),
             read_only: n.export.device.read_only(),
             contexts: n.contexts.clone(),
         }
     }
 
-    /// The rules of a session on `device` that no handshake made: all that its style allows.
+    /// The rules of a session on `device` that no handshake made: with `base:allocation`, where the
+    /// style allows it.
     pub fn over(device: &dyn Device, style: Style) -> Rules {
         let contexts = match style {
             Style::Simple => Vec::new(),
-            _ => Context::ALL.to_vec(),
+            _ => vec![Context::Allocation],
         };
         Rules {
             style,
-            size: device.size(),
+            size: device.size().into(),
             read_only: device.read_only(),
             contexts,
         }
@@ -280,7 +311,7 @@ impl Rules {
         let end = r
             .offset
             .checked_add(r.length)
-            .filter(|end| *end <= self.size);
+            .filter(|end| *end <= self.size.bytes());
         let Some(end) = end else {
             let extends = matches!(r.kind, kind::WRITE | kind::WRITE_ZEROES);
             let error = if extends {
@@ -290,7 +321,9 @@ impl Rules {
             };
             let text = format!(
                 "{} bytes at {} are not inside the export of {} bytes",
-                r.length, r.offset, self.size
+                r.length,
+                r.offset,
+                self.size.bytes()
             );
             return Err((error, text));
         };

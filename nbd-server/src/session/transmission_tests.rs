@@ -10,11 +10,11 @@ fn rules(style: Style, read_only: bool) -> Rules {
     let contexts = if style == Style::Simple {
         vec![]
     } else {
-        Context::ALL.to_vec()
+        Context::ALWAYS.to_vec()
     };
     Rules {
         style,
-        size: SIZE,
+        size: SIZE.into(),
         read_only,
         contexts,
     }

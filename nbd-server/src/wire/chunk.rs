@@ -30,12 +30,14 @@ pub mod kind {
     pub const ERROR_OFFSET: u16 = (1 << 15) + 2;
 }
 
-/// Flags of an extent of `base:allocation`.
+/// Flags of an extent: of `base:allocation`, if nothing else is said.
 pub mod state {
     /// Takes no space.
     pub const HOLE: u32 = 1 << 0;
     /// Reads as zeros.
     pub const ZERO: u32 = 1 << 1;
+    /// Of a dirty bitmap: written.
+    pub const DIRTY: u32 = 1 << 0;
 }
 
 /// Bytes of [`kind::OFFSET_DATA`] before its data.

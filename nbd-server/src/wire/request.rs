@@ -94,6 +94,7 @@ impl Request {
     }
 
     /// Reads a header from the start of `bytes`.
+    #[inline]
     pub fn parse(bytes: &[u8], style: Style) -> Result<Request> {
         let len = Self::header_len(style);
         if u32_at(bytes, 0).map_err(|_| Error::NeedMore(len))? != Self::magic(style) {

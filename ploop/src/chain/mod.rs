@@ -206,6 +206,12 @@ impl Chain {
         &self.deltas
     }
 
+    /// The smallest size from `layer` up to the top of the chain: what is behind it, in that layer, is
+    /// not shown. None above the top.
+    pub(crate) fn clip(&self, layer: u32) -> Option<u64> {
+        self.clip.get(layer as usize).copied()
+    }
+
     /// Appends the segments that cover `range`; what lies past the chain's size is a hole.
     pub fn map(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
         let end = range.end.min(self.mapped);

@@ -12,6 +12,7 @@
 //!
 //! FORMAT.md beside this file has every element, its unit and its rules.
 
+mod defect;
 mod guid;
 mod parse;
 mod tree;
@@ -21,6 +22,7 @@ mod xml;
 #[cfg(test)]
 mod tests;
 
+pub use defect::Defect;
 pub use guid::Guid;
 pub use parse::parse;
 
@@ -279,20 +281,17 @@ fn shown(text: &str) -> String {
 }
 
 /// The rule for texts that name something: never empty, one line, of bounded length.
-fn text_defect(what: &str, text: &str) -> Option<Error> {
+fn text_defect(defect: Defect, what: &str, text: &str) -> Option<Error> {
     if xml::is_white(text) {
-        return Some(Error::corrupt(format!("{what} is empty")));
+        return Some(defect.refuse(format!("{what} is empty")));
     }
     if text.len() > xml::MAX_TEXT {
         let max = xml::MAX_TEXT;
-        return Some(Error::corrupt(format!(
-            "{what} is {} bytes long, over {max}",
-            text.len()
-        )));
+        return Some(defect.refuse(format!("{what} is {} bytes long, over {max}", text.len())));
     }
     let bad = text.chars().find(|&c| c.is_control() || !xml::allowed(c))?;
     let code = u32::from(bad);
-    Some(Error::corrupt(format!(
+    Some(defect.refuse(format!(
         "{what} {} has the character U+{code:04X} in it",
         shown(text)
     )))

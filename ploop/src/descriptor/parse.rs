@@ -10,8 +10,8 @@ use std::borrow::Cow;
 use super::tree::Place;
 use super::xml::{self, Element, RESTORE};
 use super::{
-    CLUSTER_SECTORS, Chs, Descriptor, Encryption, Foreign, Guid, Image, ImageKind, MAX_IMAGES,
-    MAX_SECTORS, Shot, Temporary, Volume, shown,
+    CLUSTER_SECTORS, Chs, Defect, Descriptor, Encryption, Foreign, Guid, Image, ImageKind,
+    MAX_IMAGES, MAX_SECTORS, Shot, Temporary, Volume, shown,
 };
 use crate::error::{Error, Result};
 
@@ -105,8 +105,8 @@ fn read_parameters(parameters: &Element<'_>, d: &mut Descriptor) -> Result<()> {
             "Heads" => d.chs.heads = Some(number(child)?),
             "Sectors" => d.chs.sectors = Some(number(child)?),
             "Padding" => {
-                if number(child)? != 0 {
-                    return Err(bad(child, "must be 0"));
+                if number(child).map_err(|e| e.with_defect(Defect::Padding))? != 0 {
+                    return Err(bad(Defect::Padding, child, "must be 0"));
                 }
             }
             "Encryption" => d.encryption = Some(read_encryption(child)?),
@@ -170,7 +170,7 @@ fn read_storage(storage: &Element<'_>, d: &mut Descriptor) -> Result<Vec<u64>> {
                 d.preallocated = match number(child)? {
                     0 => false,
                     1 => true,
-                    _ => return Err(bad(child, "must be 0 or 1")),
+                    _ => return Err(bad(Defect::BadNumber, child, "must be 0 or 1")),
                 }
             }
             _ => {
@@ -188,10 +188,11 @@ fn read_storage(storage: &Element<'_>, d: &mut Descriptor) -> Result<Vec<u64>> {
 }
 
 fn blocksize(element: &Element<'_>) -> Result<u32> {
-    let value = number(element)?;
+    let value = number(element).map_err(|e| e.with_defect(Defect::BadBlocksize))?;
     let (min, max) = CLUSTER_SECTORS.into_inner();
     if value == 0 || value > max {
-        return Err(bad(element, format!("must be from {min} to {max} sectors")));
+        let must = format!("must be from {min} to {max} sectors");
+        return Err(bad(Defect::BadBlocksize, element, must));
     }
     if value < min || !value.is_power_of_two() {
         let what = format!(
@@ -208,7 +209,7 @@ fn read_image(element: &Element<'_>) -> Result<Image> {
         Some(child) => match xml::trim(&text(child)?) {
             "Plain" => ImageKind::Plain,
             "Compressed" => ImageKind::Compressed,
-            _ => return Err(bad(child, "must be Plain or Compressed")),
+            _ => return Err(bad(Defect::BadType, child, "must be Plain or Compressed")),
         },
     };
     let guid = guid(required(element, "GUID")?)?;
@@ -300,13 +301,14 @@ fn text<'e>(element: &'e Element<'_>) -> Result<Cow<'e, str>> {
                 xml::clip(child.name),
                 element.name
             );
-            Err(Error::corrupt(what).at(child.at))
+            Err(Defect::UnexpectedElement.refuse(what).at(child.at))
         }
     }
 }
 
 fn guid(element: &Element<'_>) -> Result<Guid> {
-    Guid::read(xml::trim(&text(element)?)).ok_or_else(|| bad(element, "is not a GUID"))
+    Guid::read(xml::trim(&text(element)?))
+        .ok_or_else(|| bad(Defect::BadGuid, element, "is not a GUID"))
 }
 
 /// A number as C reads it: decimal, 0x hexadecimal, or octal after a 0. No sign, nothing after it.
@@ -321,45 +323,55 @@ fn number(element: &Element<'_>) -> Result<u64> {
         (text, 10)
     };
     if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
-        return Err(bad(element, "is not a number"));
+        return Err(bad(Defect::BadNumber, element, "is not a number"));
     }
-    u64::from_str_radix(digits, radix).map_err(|_| bad(element, "is beyond 64 bits"))
+    u64::from_str_radix(digits, radix)
+        .map_err(|_| bad(Defect::BadNumber, element, "is beyond 64 bits"))
 }
 
 /// A number of sectors, as bytes within what a file offset can say.
 fn sectors(element: &Element<'_>) -> Result<u64> {
     let value = number(element)?;
     if value > MAX_SECTORS {
-        return Err(bad(element, "is more sectors than a disk can have"));
+        return Err(bad(
+            Defect::BadNumber,
+            element,
+            "is more sectors than a disk can have",
+        ));
     }
     Ok(value)
 }
 
-fn bad(element: &Element<'_>, must: impl std::fmt::Display) -> Error {
+fn bad(defect: Defect, element: &Element<'_>, must: impl std::fmt::Display) -> Error {
     let value = shown(&element.text);
-    Error::corrupt(format!("<{}> {value} {must}", element.name))
+    defect
+        .refuse(format!("<{}> {value} {must}", element.name))
         .at(element.at)
         .fix(RESTORE)
 }
 
 fn missing(parent: &Element<'_>, name: &str) -> Error {
     let parent_name = xml::clip(parent.name);
-    Error::corrupt(format!("<{parent_name}> has no <{name}>"))
+    Defect::MissingElement
+        .refuse(format!("<{parent_name}> has no <{name}>"))
         .at(parent.at)
         .fix(RESTORE)
 }
 
 fn twice(second: &Element<'_>) -> Error {
-    Error::corrupt(format!("a second <{}> in the same place", second.name))
+    Defect::UnexpectedElement
+        .refuse(format!("a second <{}> in the same place", second.name))
         .at(second.at)
         .fix("Remove the wrong one")
 }
 
 fn misplaced(child: &Element<'_>, place: &str) -> Error {
-    Error::corrupt(format!(
+    let what = format!(
         "<{}> {place}: OpenVZ's tool cannot read it there",
         xml::clip(child.name)
-    ))
-    .at(child.at)
-    .fix("Move it before, or remove it")
+    );
+    Defect::UnexpectedElement
+        .refuse(what)
+        .at(child.at)
+        .fix("Move it before, or remove it")
 }

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{
-    CLUSTER_SECTORS, Descriptor, Guid, Image, ImageKind, MAX_BYTES, MAX_IMAGES, MAX_SECTORS, Shot,
-    Temporary, shown, text_defect,
+    CLUSTER_SECTORS, Defect, Descriptor, Guid, Image, ImageKind, MAX_BYTES, MAX_IMAGES,
+    MAX_SECTORS, Shot, Temporary, shown, text_defect,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -73,9 +73,7 @@ impl Descriptor {
         let mut at = guid;
         while let Some(&parent) = parents.get(&at) {
             if chain.len() == parents.len() {
-                return Err(Error::corrupt(format!(
-                    "the parents of snapshot {guid} form a cycle"
-                )));
+                return Err(cycle(guid));
             }
             chain.push(*images.get(&at).ok_or_else(|| no_image(at))?);
             if parent != Guid::NONE && !parents.contains_key(&parent) && !self.continues() {
@@ -229,7 +227,7 @@ impl Descriptor {
     }
 
     fn admit_file(&self, file: &str) -> Result<()> {
-        if let Some(defect) = text_defect("the file name", file) {
+        if let Some(defect) = text_defect(Defect::BadPath, "the file name", file) {
             return Err(Error::invalid(defect.what()));
         }
         if self.images.iter().any(|image| image.file == file) {
@@ -270,7 +268,7 @@ impl Descriptor {
         if !CLUSTER_SECTORS.contains(&u64::from(cluster)) || !cluster.is_power_of_two() {
             let what =
                 format!("a cluster of {cluster} sectors: not a power of two from 64 to 131072");
-            return Some((Place::Cluster, Error::corrupt(what)));
+            return Some((Place::Cluster, Defect::BadBlocksize.refuse(what)));
         }
         let sizes = [
             self.disk_sectors,
@@ -280,17 +278,18 @@ impl Descriptor {
         ];
         if let Some(size) = sizes.into_iter().flatten().find(|&size| size > MAX_SECTORS) {
             let what = format!("{size} sectors: more than a disk can have");
-            return Some((Place::Size, Error::corrupt(what)));
+            return Some((Place::Size, Defect::BadNumber.refuse(what)));
         }
         if self.max_delta_sectors == Some(0) {
-            return Some((Place::Size, Error::corrupt("a largest delta of 0 sectors")));
+            let what = "a largest delta of 0 sectors";
+            return Some((Place::Size, Defect::BadNumber.refuse(what)));
         }
         if self.preallocated && self.base_is_raw() {
             let what = "<Preallocated> is 1, but an image is Plain: a raw base has no clusters";
-            return Some((Place::Preallocated, Error::corrupt(what)));
+            return Some((Place::Preallocated, Defect::BadNumber.refuse(what)));
         }
         if let Some(key) = self.encryption_key()
-            && let Some(defect) = text_defect("<KeyId>", key)
+            && let Some(defect) = text_defect(Defect::NotWellFormed, "<KeyId>", key)
         {
             return Some((Place::Encryption, defect));
         }
@@ -298,7 +297,7 @@ impl Descriptor {
             .volume
             .as_ref()
             .and_then(|volume| volume.parent.as_deref());
-        let defect = parent.and_then(|parent| text_defect("<Parent>", parent))?;
+        let defect = parent.and_then(|parent| text_defect(Defect::BadPath, "<Parent>", parent))?;
         Some((Place::Volume, defect))
     }
 
@@ -308,21 +307,22 @@ impl Descriptor {
                 "{} images; 1 to {MAX_IMAGES} are possible",
                 self.images.len()
             );
-            return Some((Place::Top, Error::corrupt(what)));
+            return Some((Place::Top, Defect::MissingElement.refuse(what)));
         }
         let (mut guids, mut files) = (HashSet::new(), HashSet::new());
         for (i, image) in self.images.iter().enumerate() {
             let guid = image.guid;
             let defect = if guid == Guid::NONE {
-                Error::corrupt(format!(
+                Defect::BadGuid.refuse(format!(
                     "<Image> with the GUID {guid}, which means \"none\""
                 ))
-            } else if let Some(defect) = text_defect("<File>", &image.file) {
+            } else if let Some(defect) = text_defect(Defect::BadPath, "<File>", &image.file) {
                 defect.while_doing(format_args!("image {guid}"))
             } else if !guids.insert(guid) {
-                Error::corrupt(format!("two <Image> elements have the GUID {guid}"))
+                Defect::DuplicateGuid.refuse(format!("two <Image> elements have the GUID {guid}"))
             } else if !files.insert(image.file.as_str()) {
-                Error::corrupt(format!("two images have the file {}", shown(&image.file)))
+                Defect::DuplicateFile
+                    .refuse(format!("two images have the file {}", shown(&image.file)))
             } else {
                 continue;
             };
@@ -331,7 +331,8 @@ impl Descriptor {
         let mut parents = HashMap::new();
         for (i, shot) in self.shots.iter().enumerate() {
             let defect = if parents.insert(shot.guid, shot.parent).is_some() {
-                Error::corrupt(format!("two <Shot> elements have the GUID {}", shot.guid))
+                Defect::DuplicateGuid
+                    .refuse(format!("two <Shot> elements have the GUID {}", shot.guid))
             } else if !guids.contains(&shot.guid) && shot.guid != self.top {
                 no_image(shot.guid)
             } else {
@@ -351,7 +352,7 @@ impl Descriptor {
         let top = self.top;
         if !guids.contains(&top) {
             let what = format!("the top {top} has no <Image>");
-            return Some((Place::Top, Error::corrupt(what)));
+            return Some((Place::Top, Defect::TopMissing.refuse(what)));
         }
         if let Some(i) = self
             .images
@@ -359,14 +360,14 @@ impl Descriptor {
             .position(|image| !parents.contains_key(&image.guid))
         {
             let what = format!("image {} has no <Shot>", self.images[i].guid);
-            return Some((Place::Image(i), Error::corrupt(what)));
+            return Some((Place::Image(i), Defect::MissingShot.refuse(what)));
         }
         let i = self
             .shots
             .iter()
             .position(|s| s.guid == top && s.temporary != Temporary::No)?;
         let what = format!("the top {top} is marked for removal (Temporary)");
-        Some((Place::Shot(i), Error::corrupt(what)))
+        Some((Place::Shot(i), Defect::TemporaryTop.refuse(what)))
     }
 
     /// Unknown parents, then cycles: every node is visited once, whatever the tree looks like.
@@ -386,8 +387,7 @@ impl Descriptor {
                 match walks.insert(at, i) {
                     None => at = parent,
                     Some(walk) if walk == i => {
-                        let what = format!("the parents of snapshot {at} form a cycle");
-                        return Some((Place::Shot(i), Error::corrupt(what)));
+                        return Some((Place::Shot(i), cycle(at)));
                     }
                     Some(_) => break,
                 }
@@ -398,11 +398,15 @@ impl Descriptor {
 }
 
 fn no_image(guid: Guid) -> Error {
-    Error::corrupt(format!("snapshot {guid} has no <Image>"))
+    Defect::MissingImage.refuse(format!("snapshot {guid} has no <Image>"))
 }
 
 fn unknown_parent(guid: Guid, parent: Guid) -> Error {
-    Error::corrupt(format!(
+    Defect::UnknownParent.refuse(format!(
         "the parent of snapshot {guid} is {parent}, which the disk doesn't have"
     ))
+}
+
+fn cycle(guid: Guid) -> Error {
+    Defect::ParentCycle.refuse(format!("the parents of snapshot {guid} form a cycle"))
 }

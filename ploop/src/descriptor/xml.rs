@@ -11,7 +11,7 @@ use quick_xml::Reader;
 use quick_xml::escape::{resolve_predefined_entity, unescape};
 use quick_xml::events::{BytesDecl, BytesRef, BytesStart, Event};
 
-use super::shown;
+use super::{Defect, shown};
 use crate::error::{Error, Result};
 
 /// Bytes of the largest document that is read.
@@ -63,7 +63,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Element<'_>> {
                 "the descriptor is not well-formed XML: {}",
                 clip(&e.to_string())
             );
-            Error::corrupt(what)
+            Defect::NotWellFormed
+                .refuse(what)
                 .at(base + reader.error_position())
                 .fix(RESTORE)
         })?;
@@ -82,7 +83,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Element<'_>> {
             Event::DocType(_) => {
                 let what = "the descriptor has a DOCTYPE: document types and entities are refused";
                 return Err(tree
-                    .corrupt(what, from)
+                    .refuse(Defect::Dtd, what, from)
                     .fix("Remove the DOCTYPE from the file"));
             }
             Event::Comment(_) | Event::PI(_) => {}
@@ -96,14 +97,17 @@ pub(super) const RESTORE: &str = "Restore DiskDescriptor.xml from a backup";
 /// The document as text, and how many bytes of a byte order mark stand before it.
 fn decode(bytes: &[u8]) -> Result<(&str, u64)> {
     if bytes.is_empty() {
-        return Err(Error::corrupt("the descriptor is empty").at(0).fix(RESTORE));
+        return Err(Defect::NotWellFormed
+            .refuse("the descriptor is empty")
+            .at(0)
+            .fix(RESTORE));
     }
     if bytes.len() > MAX_BYTES {
         let what = format!(
             "the descriptor is {} bytes long; more than {MAX_BYTES} are not read",
             bytes.len()
         );
-        return Err(Error::corrupt(what));
+        return Err(Defect::TooLarge.refuse(what));
     }
     let utf16 = matches!(
         bytes,
@@ -119,7 +123,8 @@ fn decode(bytes: &[u8]) -> Result<(&str, u64)> {
     let body = bytes.strip_prefix(BOM).unwrap_or(bytes);
     let base = (bytes.len() - body.len()) as u64;
     let doc = std::str::from_utf8(body).map_err(|e| {
-        Error::corrupt("the descriptor is not valid UTF-8")
+        Defect::BadEncoding
+            .refuse("the descriptor is not valid UTF-8")
             .at(base + e.valid_up_to() as u64)
             .fix(RESTORE)
     })?;
@@ -130,7 +135,10 @@ fn decode(bytes: &[u8]) -> Result<(&str, u64)> {
             "the descriptor is not XML: character U+{:04X} in it",
             u32::from(c)
         );
-        return Err(Error::corrupt(what).at(base + at as u64).fix(RESTORE));
+        return Err(Defect::NotWellFormed
+            .refuse(what)
+            .at(base + at as u64)
+            .fix(RESTORE));
     }
     Ok((doc, base))
 }
@@ -149,8 +157,8 @@ struct Tree<'a> {
 }
 
 impl<'a> Tree<'a> {
-    fn corrupt(&self, what: impl Into<String>, at: usize) -> Error {
-        Error::corrupt(what).at(self.base + at as u64)
+    fn refuse(&self, defect: Defect, what: impl Into<String>, at: usize) -> Error {
+        defect.refuse(what).at(self.base + at as u64)
     }
 
     /// Opens the element whose start tag begins at `from`.
@@ -164,23 +172,27 @@ impl<'a> Tree<'a> {
                 "a start tag of {} bytes; the limit is {MAX_TEXT}",
                 tag.len()
             );
-            return Err(self.corrupt(what, from));
+            return Err(self.refuse(Defect::TooLarge, what, from));
         }
         let name = tag.get(..start.name().as_ref().len()).unwrap_or_default();
         if !is_name(name) {
             let what = format!("{} is not the name of an XML element", shown(name));
-            return Err(self.corrupt(what, from));
+            return Err(self.refuse(Defect::NotWellFormed, what, from));
         }
         if self.open.is_empty() && self.root.is_some() {
-            return Err(self.corrupt(format!("a second root element <{}>", clip(name)), from));
+            return Err(self.refuse(
+                Defect::NotWellFormed,
+                format!("a second root element <{}>", clip(name)),
+                from,
+            ));
         }
         if self.open.len() == MAX_DEPTH {
             let what = format!("elements are nested deeper than {MAX_DEPTH} levels");
-            return Err(self.corrupt(what, from));
+            return Err(self.refuse(Defect::TooLarge, what, from));
         }
         if self.elements == MAX_ELEMENTS {
             let what = format!("the descriptor has more than {MAX_ELEMENTS} elements");
-            return Err(self.corrupt(what, from));
+            return Err(self.refuse(Defect::TooLarge, what, from));
         }
         self.attributes(start, name, from)?;
         if let Some(parent) = self.open.last_mut()
@@ -210,7 +222,7 @@ impl<'a> Tree<'a> {
             });
             if !good {
                 let what = format!("a malformed attribute in <{}>", clip(name));
-                return Err(self.corrupt(what, from));
+                return Err(self.refuse(Defect::NotWellFormed, what, from));
             }
         }
         Ok(())
@@ -238,14 +250,22 @@ impl<'a> Tree<'a> {
             if is_white(&text) {
                 return Ok(());
             }
-            return Err(self.corrupt("text outside of the root element", from));
+            return Err(self.refuse(
+                Defect::NotWellFormed,
+                "text outside of the root element",
+                from,
+            ));
         };
         if element.text.len() + text.len() > MAX_TEXT {
             let what = format!(
                 "the text of <{}> is longer than {MAX_TEXT} bytes",
                 clip(element.name)
             );
-            return Err(self.corrupt(what, from));
+            let defect = match element.name {
+                "File" | "Parent" => Defect::BadPath,
+                _ => Defect::TooLarge,
+            };
+            return Err(self.refuse(defect, what, from));
         }
         element.text.to_mut().push_str(&text);
         Ok(())
@@ -259,22 +279,38 @@ impl<'a> Tree<'a> {
             Ok(Some(c)) if allowed(c) => Ok(Cow::Owned(c.to_string())),
             _ => {
                 let what = format!("&{}; stands for no character", clip(name));
-                Err(self.corrupt(what, from).fix("Write the character itself"))
+                Err(self
+                    .refuse(Defect::NotWellFormed, what, from)
+                    .fix("Write the character itself"))
             }
         }
     }
 
     fn declaration(&self, decl: &BytesDecl<'_>, from: usize) -> Result<()> {
         if from != 0 {
-            return Err(self.corrupt("an XML declaration that is not at the start", from));
+            return Err(self.refuse(
+                Defect::NotWellFormed,
+                "an XML declaration that is not at the start",
+                from,
+            ));
         }
         if !decl.version().is_ok_and(|v| v == "1.0") {
-            return Err(self.corrupt("the XML declaration does not say version 1.0", from));
+            return Err(self.refuse(
+                Defect::NotWellFormed,
+                "the XML declaration does not say version 1.0",
+                from,
+            ));
         }
         let encoding = match decl.encoding() {
             None => return Ok(()),
             Some(Ok(name)) => name,
-            Some(Err(_)) => return Err(self.corrupt("a malformed encoding declaration", from)),
+            Some(Err(_)) => {
+                return Err(self.refuse(
+                    Defect::BadEncoding,
+                    "a malformed encoding declaration",
+                    from,
+                ));
+            }
         };
         // In these, plain ASCII reads as in UTF-8.
         let superset = ["us-ascii", "iso-8859-1"]
@@ -288,18 +324,20 @@ impl<'a> Tree<'a> {
             shown(&encoding)
         );
         Err(self
-            .corrupt(what, from)
+            .refuse(Defect::BadEncoding, what, from)
             .fix("Convert the file to UTF-8 and correct its first line"))
     }
 
     fn finish(mut self) -> Result<Element<'a>> {
         if let Some(open) = self.open.pop() {
             let what = format!("the descriptor ends inside <{}>", clip(open.name));
-            return Err(self.corrupt(what, self.doc.len()).fix(RESTORE));
+            return Err(self
+                .refuse(Defect::NotWellFormed, what, self.doc.len())
+                .fix(RESTORE));
         }
         let root = self.root.take();
         root.ok_or_else(|| {
-            self.corrupt("the descriptor has no element", 0)
+            self.refuse(Defect::NotWellFormed, "the descriptor has no element", 0)
                 .fix(RESTORE)
         })
     }

@@ -3,14 +3,20 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::write::{NewClusters, part};
-use super::{Stack, unmapped_run};
+use super::claim::NewClusters;
+use super::write::{granules_of, part, within};
+use super::{Disk, Stack, unmapped_run};
 use crate::device::{Pending, Segment, SegmentPlace, ZeroMode};
 use crate::error::{Error, Kind, Result};
-use crate::format::ploop::top::Found;
+use crate::format::ploop::parts::{GRANULE, Granules};
+use crate::format::ploop::top::{Found, Top};
+use crate::host::Paid;
 
 /// Clusters looked at in one step: bounds the list of segments, whatever the range.
 pub(super) const STEP_CLUSTERS: u64 = 4096;
+
+/// Counts something of a cluster of a top: the cluster, its file offset, bytes of it.
+type OfCluster<'a> = &'a dyn Fn(&Top, u64, u64, Range<u64>) -> Result<u64>;
 
 /// What is wanted of a range.
 #[derive(Clone, Copy, Debug)]
@@ -22,12 +28,134 @@ pub(super) enum How {
 }
 
 impl How {
-    fn keep_space(self) -> bool {
+    pub(super) fn keep_space(self) -> bool {
         matches!(self, How::Zero(mode) if mode.keep_space)
     }
 }
 
+/// What an erase has taken off a top's bits, and is to pay back when its bytes are gone.
+type Released = Option<(Arc<Top>, u64)>;
+
+impl Disk {
+    /// Erases step by step: a barrier waits for one step, however long the range is.
+    pub(super) fn erase(&self, range: Range<u64>, how: How) -> Result<()> {
+        let mut at = range.start;
+        // An empty range too asks whether the disk may be written.
+        loop {
+            let step = (at / self.cluster)
+                .saturating_add(STEP_CLUSTERS)
+                .saturating_mul(self.cluster);
+            let stop = step.min(range.end);
+            let released = self.release(at..stop, how)?;
+            self.erase_released(at..stop, how, released)?;
+            at = stop;
+            if at >= range.end {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes what an erase of `range` gives up off the top's bits, and says how much is to be paid back
+    /// after. Whoever writes to it from then on pays anew: so that no write that began before does
+    /// not, the gate is closed for it, once the top's bits are known.
+    fn release(&self, range: Range<u64>, how: How) -> Result<Released> {
+        if how.keep_space() || range.is_empty() || self.stack().held(&range)? == 0 {
+            return Ok(None);
+        }
+        let _alone = self.gate.close();
+        let stack = self.stack();
+        let granules = stack.release(&range)?;
+        Ok(Some((stack.top()?.clone(), granules)))
+    }
+
+    /// Erases `range`, and pays back what of it was given up.
+    fn erase_released(&self, range: Range<u64>, how: How, released: Released) -> Result<()> {
+        let _pass = self.gate.enter();
+        let stack = self.stack();
+        let tracked = stack.tracked.as_ref();
+        let mark = tracked.map(|set| self.tracking.before(set, &range));
+        let erased = mark.transpose().and_then(|mark| {
+            let erased = stack.erase(range.clone(), how);
+            if let Some(set) = tracked.filter(|_| mark == Some(true)) {
+                set.mark(&range);
+            }
+            erased
+        });
+        if let Some((top, granules)) = released {
+            let same = stack.top.as_ref().is_some_and(|now| Arc::ptr_eq(now, &top));
+            let kept = match (same, &erased) {
+                (true, Ok(())) => 0,
+                (true, Err(_)) => {
+                    top.held().doubt();
+                    stack.hold_again(&range)?
+                }
+                // A barrier came between: another top's range was erased, and this one's stays.
+                (false, _) => {
+                    top.held().doubt();
+                    if let Some(now) = &stack.top {
+                        now.held().doubt();
+                    }
+                    granules
+                }
+            };
+            top.held().back(granules.saturating_sub(kept));
+        }
+        erased
+    }
+}
+
 impl Stack {
+    /// Granules in `range` that are charged to the top.
+    pub(super) fn held(&self, range: &Range<u64>) -> Result<u64> {
+        self.each_of_top(range, &|top, cluster, offset, inside| {
+            let file = top.file().as_ref();
+            let all = granules_of(&inside);
+            let missing = top.held().missing(file, cluster, offset, &inside)?;
+            Ok(all.end - all.start - missing)
+        })
+    }
+
+    /// Takes the whole granules of `range` off the top's bits; returns how many were charged. No
+    /// write is under way.
+    pub(super) fn release(&self, range: &Range<u64>) -> Result<u64> {
+        self.each_of_top(range, &|top, cluster, offset, inside| {
+            top.held()
+                .release(top.file().as_ref(), cluster, offset, inside)
+        })
+    }
+
+    /// Sets the top's bits for what is there in `range`; returns how many were not set.
+    pub(super) fn hold_again(&self, range: &Range<u64>) -> Result<u64> {
+        self.each_of_top(range, &|top, cluster, offset, _| {
+            top.held().learn_again(top.file().as_ref(), cluster, offset)
+        })
+    }
+
+    /// The sum of `f` over the clusters of `range` that the top has, all or part of them.
+    fn each_of_top(&self, range: &Range<u64>, f: OfCluster<'_>) -> Result<u64> {
+        let top = self.top()?;
+        let (mut at, end) = (range.start, range.end);
+        let mut sum = 0;
+        while at < end {
+            at = unmapped_run(top, at..end)?;
+            if at >= end {
+                break;
+            }
+            let cluster = at / self.cluster;
+            let offset = match top.find(cluster)? {
+                Found::At(offset) => Some(offset),
+                Found::Part => top.parts().get(cluster).map(|part| part.offset),
+                Found::Below => None,
+            };
+            let covered = part(range, cluster, self.cluster);
+            if let Some(offset) = offset {
+                sum += f(top, cluster, offset, within(&covered, self.cluster))?;
+            }
+            at = covered.end;
+        }
+        Ok(sum)
+    }
+
     pub(super) fn erase(self: &Arc<Self>, range: Range<u64>, how: How) -> Result<()> {
         let top = self.top()?;
         top.check_latch()?;
@@ -93,7 +221,14 @@ impl Stack {
             top.flush_or(&|| self.complete_parts())?;
         }
         if how.keep_space() {
-            top.file().zero(start, len)?;
+            let clusters = range.start / self.cluster..stop.div_ceil(self.cluster);
+            let mut paid = Paid::default();
+            for cluster in clusters {
+                let covered = part(&(range.start..stop), cluster, self.cluster);
+                let at = start + (covered.start - range.start) - covered.start % self.cluster;
+                paid.add(self.take_in_place(cluster, at, &covered)?);
+            }
+            top.guest().zero(start, len)?;
         } else {
             top.file().punch(start, len)?;
         }
@@ -156,12 +291,47 @@ impl Stack {
             return self.erase_mapped(covered, how).map(|_| ());
         }
         let offset = new.allocate_one(cluster)?;
+        self.pay_for_rest(&mut new, cluster, &covered, how)?;
         if how.keep_space() {
             let at = offset + covered.start % self.cluster;
-            top.file().zero(at, covered.end - covered.start)?;
+            top.guest().zero(at, covered.end - covered.start)?;
         }
         self.complete(cluster, offset, &covered)?;
+        let kept = match how.keep_space() {
+            true => covered,
+            false => 0..0,
+        };
+        new.correct(cluster, &kept)?;
         new.commit()
+    }
+
+    /// Charges what lies below a new cluster and is not `covered`, and the latter, too, where its
+    /// space is to be kept.
+    fn pay_for_rest(
+        &self,
+        new: &mut NewClusters,
+        cluster: u64,
+        covered: &Range<u64>,
+        how: How,
+    ) -> Result<()> {
+        let guest = self.extent(cluster);
+        let mut held = Granules::none(self.cluster.div_ceil(GRANULE));
+        for rest in [guest.start..covered.start, covered.end..guest.end] {
+            let mut below: Vec<Segment> = Vec::new();
+            if rest.start < rest.end {
+                self.map_below(rest, &mut below)?;
+            }
+            for s in below.iter().filter(|s| s.place != SegmentPlace::Hole) {
+                held.set(granules_of(&within(
+                    &(s.offset..s.offset + s.len),
+                    self.cluster,
+                )));
+            }
+        }
+        if how.keep_space() {
+            held.set(granules_of(&within(covered, self.cluster)));
+        }
+        new.charge(cluster, held)
     }
 
     /// Refuses a range that cannot be zeroed without copying data from below.
@@ -198,3 +368,7 @@ impl Stack {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "erase_tests.rs"]
+mod tests;

@@ -60,7 +60,8 @@ impl Opener {
         let len = file.len()?;
         if len > descriptor::MAX_BYTES as u64 {
             let what = format!("{len} bytes; {} is the limit", descriptor::MAX_BYTES);
-            return Err(Error::corrupt(what).on(path));
+            let defect = descriptor::Defect::TooLarge;
+            return Err(Error::corrupt(what).with_defect(defect).on(path));
         }
         let mut bytes = vec![0; len as usize];
         crate::store::read_exact(file.as_ref(), &mut bytes, 0)?;

@@ -21,7 +21,7 @@ pub struct Info {
     pub format: &'static str,
     /// Version of the format; 0 for raw.
     pub version: u32,
-    /// Virtual size in bytes.
+    /// Virtual size in bytes; of a disk that was shrunk less than its images have.
     pub virtual_size: u64,
     /// Cluster size in bytes; 0 for a raw image without a descriptor.
     pub cluster_size: u64,
@@ -104,7 +104,11 @@ impl Opener {
         let top = top.ok_or_else(|| {
             crate::Error::corrupt(format!("no image for {node}")).on(&source.path)
         })?;
+        let xml = self.store().resolve(&source.path)?;
+        let dir = xml.parent().unwrap_or(std::path::Path::new("/"));
+        let limit = self.side(dir)?.size_limit(&d, node)?;
         let mut info = info(source.path.clone(), top, Some(&d));
+        info.virtual_size = limit.unwrap_or(u64::MAX).min(info.virtual_size);
         info.data = images.iter().map(|i| i.data).sum();
         info.images = images;
         Ok(info)

@@ -15,7 +15,7 @@
 //! earlier one, which is when space that only those name may be freed.
 
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use super::open::Opener;
@@ -94,7 +94,7 @@ impl Seal {
 /// A closed gate: no change is under way, and none begins. Opens when dropped.
 #[derive(Debug)]
 pub struct Barrier<'a> {
-    disk: &'a Disk,
+    pub(super) disk: &'a Disk,
     _alone: Closed<'a>,
 }
 
@@ -134,10 +134,33 @@ impl Disk {
         lock(&self.arranging)
     }
 
-    /// Puts `stack` in force. The caller is the only one who rearranges this disk.
-    fn publish_stack(&self, stack: Stack) {
+    /// Puts `stack` in force, with the trackers that are. The caller is the only one who rearranges
+    /// this disk.
+    pub(super) fn publish_stack(&self, mut stack: Stack) {
         // Who drains sees the version of before, or comes before this.
         let mut past = lock(&self.past);
+        stack.tracked = self.tracking.set();
+        self.replace(&mut past, stack);
+    }
+
+    /// The trackers were changed; the gate is closed. Others may rearrange the disk meanwhile.
+    pub(super) fn publish_trackers(&self) {
+        let mut past = lock(&self.past);
+        let now = self.stack();
+        let stack = Stack {
+            below: now.below.clone(),
+            sealing: now.sealing.clone(),
+            top: now.top.clone(),
+            size: now.size,
+            cluster: now.cluster,
+            tracked: self.tracking.set(),
+            alive: Arc::default(),
+        };
+        drop(now);
+        self.replace(&mut past, stack);
+    }
+
+    fn replace(&self, past: &mut Vec<Weak<()>>, stack: Stack) {
         let old = self.current.swap(Arc::new(stack));
         past.retain(|v| v.strong_count() > 0);
         past.push(Arc::downgrade(&old.alive));
@@ -154,6 +177,7 @@ impl Disk {
             top: now.top.clone(),
             size: now.size,
             cluster: now.cluster,
+            tracked: None,
             alive: Arc::default(),
         });
     }
@@ -196,12 +220,14 @@ impl Barrier<'_> {
             return Err(Error::new(Kind::InUse, what).on(old.file().path()));
         }
         let seal = Arc::new(Seal::new(old.clone()));
+        new.track(old.track(None));
         self.disk.publish_stack(Stack {
             below: now.below.clone(),
             sealing: Some(seal.clone()),
             top: Some(new.clone()),
             size: now.size,
             cluster: now.cluster,
+            tracked: None,
             alive: Arc::default(),
         });
         Ok(Sealing {
@@ -217,12 +243,14 @@ impl Barrier<'_> {
     /// Takes back a [`Barrier::push_top`] of this same barrier.
     pub fn pull_top(&self, mut sealing: Sealing) {
         let now = self.disk.stack();
+        sealing.seal.top.track(sealing.new.track(None));
         self.disk.publish_stack(Stack {
             below: now.below.clone(),
             sealing: None,
             top: Some(sealing.seal.top.clone()),
             size: now.size,
             cluster: now.cluster,
+            tracked: None,
             alive: Arc::default(),
         });
         sealing.done = true;
@@ -234,7 +262,10 @@ impl Sealing {
     /// Completes what was the top, makes it durable and closes it. Blocks for its dirty data.
     pub fn seal(&self) -> Result<()> {
         self.before.complete_parts()?;
-        self.seal.top.close()
+        self.seal.top.close()?;
+        let held = self.seal.top.held();
+        held.account().seal(held.own());
+        Ok(())
     }
 
     /// The descriptor that makes the new top one is durable: lets flushes go on.
@@ -266,6 +297,7 @@ impl Disk {
             top: now.top.clone(),
             size: now.size,
             cluster: now.cluster,
+            tracked: None,
             alive: Arc::default(),
         });
         Ok(())

@@ -16,24 +16,34 @@
 //! the next one. A [`ReadLease`] holds the version that it was given on; what only old versions
 //! name is freed when the last of them is gone.
 
+pub mod claim;
+pub mod compact;
+mod depth;
+mod differ;
 mod erase;
 mod files;
+pub mod grow;
 pub mod info;
+mod limit;
 pub mod live;
+mod moving;
 pub mod open;
 mod source;
-pub mod write;
+mod track;
+mod write;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use arc_swap::ArcSwap;
 
+use crate::account::Account;
 use crate::chain::{Chain, push_segment};
 use crate::device::{
-    Device, Extent, Layers, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment, ZeroMode,
-    check_range,
+    Depth, Device, Extent, Layers, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment,
+    ZeroMode, check_range,
 };
 use crate::error::{Error, Kind, Result};
 use crate::format::ploop::parts::{GRANULE, Part};
@@ -41,6 +51,7 @@ use crate::format::ploop::top::{Found, Top};
 use crate::gate::Gate;
 use crate::locks::DiskLock;
 use crate::store::{StoreFile, Trail};
+use crate::tracker::{self, Tracker, Tracking};
 use live::Seal;
 
 /// Guest bytes mapped at a time where a range may be the whole disk.
@@ -58,6 +69,8 @@ pub(crate) struct Stack {
     pub(crate) top: Option<Arc<Top>>,
     pub(crate) size: u64,
     pub(crate) cluster: u64,
+    /// The trackers in force, if there are any.
+    pub(crate) tracked: Option<Arc<tracker::Set>>,
     /// Last: while it lives, what is above may; once it is gone, all of that was let go.
     pub(crate) alive: Arc<()>,
 }
@@ -70,6 +83,11 @@ impl Stack {
     /// The layer number of the top: above the chain's, and that of the one being sealed.
     fn top_layer(&self) -> u32 {
         self.depth() + u32::from(self.sealing.is_some())
+    }
+
+    /// How many layers there are.
+    fn layers(&self) -> u32 {
+        self.top_layer() + u32::from(self.top.is_some())
     }
 
     pub(crate) fn top(&self) -> Result<&Arc<Top>> {
@@ -243,24 +261,44 @@ pub struct Disk {
     past: Mutex<Vec<Weak<()>>>,
     /// Held by whoever rearranges the layers.
     arranging: Mutex<()>,
-    size: u64,
+    /// That of the version in force: changes after it, and only upwards.
+    size: AtomicU64,
     cluster: u64,
     writable: bool,
+    tracking: Arc<Tracking>,
     _lock: Option<DiskLock>,
 }
 
 impl Disk {
-    fn new(stack: Stack, lock: Option<DiskLock>) -> Disk {
+    fn new(mut stack: Stack, lock: Option<DiskLock>) -> Disk {
+        let tracking = stack.top.as_ref().and_then(|top| top.tracking());
+        let tracking = tracking.unwrap_or_else(|| {
+            let tracking = Arc::new(Tracking::new(None, stack.size, Vec::new()));
+            if let Some(top) = &stack.top {
+                top.track(Some(tracking.clone()));
+            }
+            tracking
+        });
+        stack.tracked = tracking.set();
         Disk {
             gate: Arc::default(),
             past: Mutex::default(),
             arranging: Mutex::default(),
-            size: stack.size,
+            size: AtomicU64::new(stack.size),
             cluster: stack.cluster,
             writable: stack.top.is_some(),
+            tracking,
             current: ArcSwap::from_pointee(stack),
             _lock: lock,
         }
+    }
+
+    /// The same, showing `limit` bytes at most: what is behind them is out of reach.
+    #[must_use]
+    pub(crate) fn limited(mut self, limit: Option<u64>) -> Disk {
+        let size = self.size.get_mut();
+        *size = limit.unwrap_or(u64::MAX).min(*size);
+        self
     }
 
     /// A read-only disk of a sealed chain.
@@ -271,6 +309,7 @@ impl Disk {
             below: Some(chain),
             sealing: None,
             top: None,
+            tracked: None,
             alive: Arc::default(),
         };
         Disk::new(stack, None)
@@ -303,6 +342,7 @@ impl Disk {
             top: Some(Arc::new(top)),
             size,
             cluster,
+            tracked: None,
             alive: Arc::default(),
         };
         Ok(Disk::new(stack, lock))
@@ -311,24 +351,6 @@ impl Disk {
     /// The version in force.
     pub(crate) fn stack(&self) -> Arc<Stack> {
         self.current.load_full()
-    }
-
-    /// Erases step by step: a barrier waits for one step, however long the range is.
-    fn erase(&self, range: Range<u64>, how: erase::How) -> Result<()> {
-        let mut at = range.start;
-        // An empty range too asks whether the disk may be written.
-        loop {
-            let step = (at / self.cluster)
-                .saturating_add(erase::STEP_CLUSTERS)
-                .saturating_mul(self.cluster);
-            let stop = step.min(range.end);
-            let _pass = self.gate.enter();
-            self.stack().erase(at..stop, how)?;
-            at = stop;
-            if at >= range.end {
-                return Ok(());
-            }
-        }
     }
 
     /// The version in force, once the descriptor names its top: what a flush must cover may lie in a
@@ -346,6 +368,12 @@ impl Disk {
     /// What lies below the top; of a read-only disk, all of it.
     pub fn below(&self) -> Option<Arc<Chain>> {
         self.stack().below.clone()
+    }
+
+    /// What its own files take, and may take; of the top only from its first change on, or after
+    /// [`Top::count`]. Error: `ReadOnly`.
+    pub fn account(&self) -> Result<Arc<Account>> {
+        Ok(self.stack().top()?.held().account().clone())
     }
 
     /// The file of the uppermost layer.
@@ -404,7 +432,7 @@ impl Disk {
 
 impl Device for Disk {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -417,7 +445,7 @@ impl Device for Disk {
 
     fn map(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<ReadLease> {
         segments.clear();
-        check_range(&range, self.size)?;
+        check_range(&range, self.size())?;
         let stack = self.stack();
         stack.map(range, segments)?;
         Ok(ReadLease::new(stack))
@@ -425,15 +453,34 @@ impl Device for Disk {
 
     fn prepare(&self, range: Range<u64>, segments: &mut Vec<WriteSegment>) -> Result<WriteLease> {
         segments.clear();
-        check_range(&range, self.size)?;
+        check_range(&range, self.size())?;
         // Inside first: the version that is current then stays so until the lease ends.
         let pass = self.gate.enter();
-        let lease = self.stack().prepare_write(range, segments)?;
-        Ok(lease.inside(pass))
+        let stack = self.stack();
+        let mark = match &stack.tracked {
+            Some(set) => self.tracking.before(set, &range)?,
+            None => false,
+        };
+        match stack.prepare_write(range.clone(), segments) {
+            Ok(mut lease) => {
+                lease.keep(pass);
+                if let Some(set) = stack.tracked.as_ref().filter(|_| mark) {
+                    set.mark(&range);
+                }
+                Ok(lease)
+            }
+            Err(e) => {
+                // What it had charged of clusters that are there stays.
+                if let Some(top) = &stack.top {
+                    top.held().doubt();
+                }
+                Err(e)
+            }
+        }
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
-        check_range(&range, self.size)?;
+        check_range(&range, self.size())?;
         if mode.only_if_fast {
             let _pass = self.gate.enter();
             self.stack().refuse_slow(&range)?;
@@ -442,7 +489,7 @@ impl Device for Disk {
     }
 
     fn discard(&self, range: Range<u64>) -> Result<()> {
-        check_range(&range, self.size)?;
+        check_range(&range, self.size())?;
         self.erase(range, erase::How::Discard)
     }
 
@@ -457,9 +504,17 @@ impl Device for Disk {
         top.map_or(Ok(()), |top| top.flush_or(&|| stack.complete_parts()))
     }
 
+    fn depths(&self, range: Range<u64>, limit: usize, out: &mut Vec<Depth>) -> Result<()> {
+        self.depths_of(range, limit, out)
+    }
+
+    fn bitmaps(&self) -> Vec<Tracker> {
+        self.trackers()
+    }
+
     fn allocation(&self, range: Range<u64>, limit: usize, out: &mut Vec<Extent>) -> Result<()> {
         out.clear();
-        check_range(&range, self.size)?;
+        check_range(&range, self.size())?;
         let mut segments = Vec::new();
         let mut at = range.start;
         // Of an absurdly large disk one call answers a part: ending early is allowed.

@@ -26,8 +26,10 @@ use crate::format::ploop::{Header, PloopDelta};
 use crate::format::qcow2;
 use crate::format::raw::RawDelta;
 use crate::locks::{DiskLock, Use, lock_image};
+use crate::store::reserved::{Reserve, Reserved};
 use crate::store::{Access, Store, StoreFile};
 
+pub use super::limit::size_key;
 pub use super::source::{Format, OpenOptions, Source};
 
 /// The descriptor's file name.
@@ -80,6 +82,16 @@ impl Opener {
     pub fn home(&self, path: &Path) -> Option<Home> {
         let home = Home::of(&self.store, path)?;
         Some(home.with_limit(self.journal_limit))
+    }
+
+    /// The same, for the store of disks at `dir` (resolved): its files may use the store's reserve.
+    /// With the reserve.
+    #[must_use]
+    pub fn reserving(mut self, dir: &Path) -> (Opener, Arc<Reserve>) {
+        let reserved = Reserved::new(self.store, dir);
+        let reserve = reserved.reserve().clone();
+        self.store = Arc::new(reserved);
+        (self, reserve)
     }
 
     /// The same, in a process that answers the control API at `socket`: the lock of every disk that
@@ -268,16 +280,20 @@ impl Opener {
         loop {
             let d = self.read_descriptor(&xml)?;
             let opened = self.open_node(&d, &dir, &allowed, source, options);
+            let limit = self
+                .node(&d, source)
+                .and_then(|node| self.side(&dir)?.size_limit(&d, node));
             // Reading takes no lock on the tree: files may have been exchanged since. From here on
             // the locks on them keep them as they are.
             let again = !options.write && tries < TRIES && self.read_descriptor(&xml)? != d;
             if !again {
                 let (below, top) = opened?;
-                return match (top, below) {
+                let disk = match (top, below) {
                     (Some(top), below) => Disk::writable(below, top, lock),
                     (None, Some(chain)) => Ok(Disk::sealed(chain)),
                     (None, None) => Err(Error::corrupt("the disk has no images").on(&source.path)),
                 };
+                return Ok(disk?.limited(limit?));
             }
             tries += 1;
         }
@@ -333,7 +349,11 @@ impl Opener {
         lock_image(file.as_ref(), Use::Write)?;
         // An image elsewhere, or of another disk, has no journal here.
         let home = self.home(&top).filter(|_| top.parent() == Some(dir));
+        let own = top.parent() == Some(dir);
         let top = Top::open_at(file, home)?;
+        if own {
+            self.track(dir, &top)?;
+        }
         same_cluster(top.header(), top.file().as_ref(), files.cluster_sectors)?;
         if let Some(chain) = &below {
             same_version(chain.deltas(), top.header(), top.file().as_ref())?;

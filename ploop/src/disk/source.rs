@@ -119,3 +119,76 @@ pub struct OpenOptions {
     /// else made.
     pub alone: bool,
 }
+
+/// The rooms of a store that tell it from any other directory.
+const ROOMS: [&str; 3] = ["containers", "templates", "layers"];
+
+impl OpenOptions {
+    /// The same; a disk that lies in a store (`STORE/containers/NAME`, `STORE/templates/NAME`) may use
+    /// that store's layers, too.
+    pub fn of_store(mut self, store: &dyn Store, source: &Source) -> OpenOptions {
+        let real = store.resolve(&source.path).unwrap_or_default();
+        let mut up = real.ancestors().skip(2);
+        let (Some(room), Some(home)) = (up.next(), up.next()) else {
+            return self;
+        };
+        let is_dir = |r: &&str| {
+            store
+                .kind(&home.join(r))
+                .is_ok_and(|k| k == Some(EntryKind::Dir))
+        };
+        if source.descriptor
+            && ROOMS[..2].iter().any(|r| room.ends_with(r))
+            && ROOMS.iter().all(is_dir)
+        {
+            self.allow.push(home.join(ROOMS[2]));
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+
+    #[test]
+    fn only_a_disk_of_a_store_may_use_its_layers() {
+        let store = MemoryStore::new();
+        for dir in [
+            "/s",
+            "/s/containers",
+            "/s/templates",
+            "/s/layers",
+            "/s/tmp",
+            "/s/containers/ct",
+            "/s/tmp/ct",
+            "/o",
+            "/o/containers",
+            "/o/containers/ct",
+        ] {
+            store.create_dir(Path::new(dir)).unwrap();
+        }
+        let allowed = |dir: &str, descriptor: bool| {
+            let path = Path::new(dir).join(DESCRIPTOR);
+            if store.kind(&path).unwrap().is_none() {
+                store.create(&path, 0o600).unwrap();
+            }
+            let source = Source {
+                path,
+                descriptor,
+                snapshot: None,
+            };
+            OpenOptions::default().of_store(&store, &source).allow
+        };
+        assert_eq!(allowed("/s/containers/ct", true), [Path::new("/s/layers")]);
+        for (dir, descriptor) in [
+            ("/s/containers/ct", false),
+            ("/s/tmp/ct", true),
+            ("/s/containers", true),
+            ("/o/containers/ct", true),
+        ] {
+            assert_eq!(allowed(dir, descriptor), Vec::<PathBuf>::new(), "{dir}");
+        }
+    }
+}

@@ -12,11 +12,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Stack;
-use crate::device::{Layers, Pending, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment};
+use super::claim::{New, NewClusters};
+use crate::device::{Layers, ReadLease, Segment, SegmentPlace, WriteLease, WriteSegment};
 use crate::error::{Error, Kind, Result};
-use crate::format::ploop::parts::{self, GRANULE, Granules, Part};
-use crate::format::ploop::top::{Found, Top};
-use crate::store::Trail;
+use crate::format::ploop::parts::{self, GRANULE, Granules};
+use crate::format::ploop::top::Found;
+use crate::host::Paid;
+use crate::store::{StoreFile, Trail};
 
 /// Bytes copied at a time when a cluster is completed from below. Small pieces on purpose: on ext4
 /// with large folios, data written in large ones is several times slower to overwrite later.
@@ -24,154 +26,20 @@ const COPY: usize = 64 * 1024;
 /// A copy leaves out blocks of this size that are all zeros.
 const BLOCK: usize = 4096;
 
-/// A cluster that was allocated and not committed yet.
-#[derive(Debug)]
-struct New {
-    cluster: u64,
-    offset: u64,
-    /// Its granules after the commit, unless it is complete then.
-    present: Option<Granules>,
-    /// Its room on the host is taken.
-    room: bool,
-}
-
-/// Clusters of one prepared write that are not complete in the top, all locked.
-#[derive(Debug)]
-pub(super) struct NewClusters {
-    top: Arc<Top>,
-    new: Vec<New>,
-    /// Granules of clusters that are in parts already.
-    more: Vec<(u64, Range<u64>)>,
-    /// Guest clusters whose lock is held.
-    locked: Vec<u64>,
-}
-
-impl NewClusters {
-    pub(super) fn new(top: &Arc<Top>) -> NewClusters {
-        NewClusters {
-            top: top.clone(),
-            new: Vec::new(),
-            more: Vec::new(),
-            locked: Vec::new(),
-        }
-    }
-
-    /// Locks a guest cluster and looks again. One that another writer has completed meanwhile is not
-    /// kept locked.
-    pub(super) fn lock(&mut self, cluster: u64) -> Result<Found> {
-        self.top.busy.acquire(cluster);
-        self.locked.push(cluster);
-        let found = self.top.find(cluster)?;
-        if matches!(found, Found::At(_)) {
-            self.locked.pop();
-            self.top.busy.release(cluster);
-        }
-        Ok(found)
-    }
-
-    /// Allocates for `count` locked guest clusters from `cluster` on.
-    pub(super) fn allocate(&mut self, cluster: u64, count: u64) -> Result<()> {
-        self.top.make_room(cluster..cluster + count)?;
-        let bytes = self.top.header().cluster_bytes();
-        let mut done = 0;
-        while done < count {
-            let (offset, n) = self.top.allocate(count - done)?;
-            for i in 0..n {
-                self.new.push(New {
-                    cluster: cluster + done + i,
-                    offset: offset + i * bytes,
-                    present: None,
-                    room: false,
-                });
-            }
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// Allocates for one locked guest cluster that is to be a part, with the room for all of it if
-    /// the host has that.
-    fn allocate_roomy(&mut self, cluster: u64) -> Result<()> {
-        self.top.make_room(cluster..cluster + 1)?;
-        let (offset, room) = self.top.allocate_roomy()?;
-        self.new.push(New {
-            cluster,
-            offset,
-            present: None,
-            room,
-        });
-        Ok(())
-    }
-
-    /// Allocates for one locked guest cluster; gives its file offset.
-    pub(super) fn allocate_one(&mut self, cluster: u64) -> Result<u64> {
-        self.allocate(cluster, 1)?;
-        // What was just pushed.
-        Ok(self.new.last().map_or(0, |n| n.offset))
-    }
-
-    fn new_mut(&mut self, cluster: u64) -> Option<&mut New> {
-        let found = self
-            .new
-            .binary_search_by_key(&cluster, |n| n.cluster)
-            .ok()?;
-        self.new.get_mut(found)
-    }
-}
-
-impl Pending for NewClusters {
-    fn commit(&mut self) -> Result<()> {
-        while let Some((cluster, granules)) = self.more.last().cloned() {
-            self.top.fill_part(cluster, granules)?;
-            self.more.pop();
-        }
-        // From the back, so that what an error leaves is given back by `drop`.
-        while let Some(new) = self.new.last() {
-            match &new.present {
-                None => self.top.commit(new.cluster, new.offset)?,
-                Some(present) => {
-                    let part = Part::new(new.offset, present.clone());
-                    self.top.commit_part(new.cluster, part)?;
-                }
-            }
-            self.new.pop();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for NewClusters {
-    fn drop(&mut self) {
-        for new in &self.new {
-            self.top.give_back(new.offset, 1);
-        }
-        for (cluster, _) in &self.more {
-            self.top.soil_part(*cluster);
-        }
-        for &cluster in &self.locked {
-            self.top.busy.release(cluster);
-        }
-    }
-}
-
-/// Gives `top` a guest cluster that it does not have: allocates, lets `fill` write to the file
-/// offset that it is given (what it leaves reads as zeros), and enters it. False when the image has
-/// the cluster, or a part of it, already; then nothing is done. Not durable before a flush.
-pub fn adopt(top: &Arc<Top>, cluster: u64, fill: impl FnOnce(u64) -> Result<()>) -> Result<bool> {
-    top.before_change()?;
-    let mut new = NewClusters::new(top);
-    if new.lock(cluster)? != Found::Below {
-        return Ok(false);
-    }
-    let offset = new.allocate_one(cluster)?;
-    fill(offset)?;
-    new.commit()?;
-    Ok(true)
-}
-
 /// The part of a guest range that lies in `cluster`.
 pub(super) fn part(range: &Range<u64>, cluster: u64, bytes: u64) -> Range<u64> {
     range.start.max(cluster * bytes)..range.end.min((cluster + 1) * bytes)
+}
+
+/// The granules that bytes of a cluster lie in.
+pub(super) fn granules_of(bytes: &Range<u64>) -> Range<u64> {
+    bytes.start / GRANULE..bytes.end.div_ceil(GRANULE)
+}
+
+/// `part` of a cluster, counted from the cluster's first byte.
+pub(super) fn within(part: &Range<u64>, bytes: u64) -> Range<u64> {
+    let start = part.start % bytes;
+    start..start + (part.end - part.start)
 }
 
 impl Stack {
@@ -184,13 +52,25 @@ impl Stack {
         top.before_change()?;
         let bytes = self.cluster;
         let clusters = range.start / bytes..range.end.div_ceil(bytes);
+        let mut missing = 0;
         for cluster in clusters.clone() {
             let Some(offset) = top.lookup(cluster)? else {
                 return self.prepare_new(&range, clusters, segments);
             };
-            push(segments, offset, &part(&range, cluster, bytes), bytes);
+            let covered = part(&range, cluster, bytes);
+            let inside = within(&covered, bytes);
+            missing += top
+                .held()
+                .missing(top.file().as_ref(), cluster, offset, &inside)?;
+            push(segments, offset, &covered, bytes);
         }
-        Ok(WriteLease::in_place(top.file().clone()).telling(top.clone()))
+        let mut lease = WriteLease::in_place(top.guest().clone());
+        lease.tell(top.clone());
+        if missing > 0 {
+            let pieces = clusters.map(|k| (k, within(&part(&range, k, bytes), bytes)));
+            lease.pay(top.held().take(missing, pieces)?);
+        }
+        Ok(lease)
     }
 
     fn prepare_new(
@@ -229,13 +109,38 @@ impl Stack {
         for (cluster, found) in clusters.zip(found) {
             let covered = part(range, cluster, bytes);
             let offset = match found {
-                Found::At(offset) => offset,
+                Found::At(offset) => {
+                    new.paid.add(self.take_in_place(cluster, offset, &covered)?);
+                    offset
+                }
                 Found::Part => self.enlarge(&mut new, cluster, &covered)?,
                 Found::Below => self.begin(&mut new, cluster, &covered)?,
             };
             push(segments, offset, &covered, bytes);
         }
-        Ok(WriteLease::allocating(top.file().clone(), Box::new(new)).telling(top.clone()))
+        let mut lease = WriteLease::allocating(top.guest().clone(), Box::new(new));
+        lease.tell(top.clone());
+        Ok(lease)
+    }
+
+    /// Charges what a write to `covered`, in a cluster of the top at `offset`, needs more. What is
+    /// charged when the write is given up then stays so until the disk is opened next. The bytes are
+    /// to be written while what is returned lives.
+    pub(super) fn take_in_place(
+        &self,
+        cluster: u64,
+        offset: u64,
+        covered: &Range<u64>,
+    ) -> Result<Paid> {
+        let top = self.top()?;
+        let inside = within(covered, self.cluster);
+        let missing = top
+            .held()
+            .missing(top.file().as_ref(), cluster, offset, &inside)?;
+        match missing {
+            0 => Ok(Paid::default()),
+            _ => top.held().take(missing, [(cluster, inside)].into_iter()),
+        }
     }
 
     /// True when a write to `range` leaves some of `cluster`, and no byte below it is a hole: then all
@@ -258,19 +163,28 @@ impl Stack {
         covered: &Range<u64>,
     ) -> Result<u64> {
         let top = self.top()?;
-        let Some(new) = clusters.new_mut(cluster) else {
+        let Some(&New { offset, room, .. }) = clusters.find(cluster) else {
             return Err(Error::new(Kind::Io, "a cluster was not allocated"));
         };
         let guest = self.extent(cluster);
+        let mut held = Granules::none(self.cluster.div_ceil(GRANULE));
+        held.set(granules_of(&within(covered, self.cluster)));
         if *covered == guest {
-            return Ok(new.offset);
-        }
-        if !self.cluster.is_multiple_of(GRANULE) {
-            self.complete(cluster, new.offset, covered)?;
-            return Ok(new.offset);
+            clusters.charge(cluster, held)?;
+            return Ok(offset);
         }
         let mut below = Vec::new();
         self.map_below(guest.clone(), &mut below)?;
+        for s in below.iter().filter(|s| s.place != SegmentPlace::Hole) {
+            let start = s.offset - guest.start;
+            held.set(granules_of(&(start..start + s.len)));
+        }
+        clusters.charge(cluster, held)?;
+        if !self.cluster.is_multiple_of(GRANULE) {
+            self.complete(cluster, offset, covered)?;
+            clusters.correct(cluster, covered)?;
+            return Ok(offset);
+        }
         let mut present = Granules::none(self.cluster / GRANULE);
         let inside = |range: Range<u64>| range.start - guest.start..range.end - guest.start;
         // Bytes past the end of the disk, and granules without data, are there already.
@@ -283,28 +197,30 @@ impl Stack {
             };
             present.set(hole.start.div_ceil(GRANULE)..end);
         }
-        let ends = self.fill_ends(covered, new.offset, &present)?;
+        let ends = self.fill_ends(covered, offset, &present)?;
         present.set(ends);
         if present.full() {
-            return Ok(new.offset);
+            return Ok(offset);
         }
         if top.parts().count() >= parts::most(self.cluster) {
             for missing in present.missing() {
-                self.fill(&guest, missing, new.offset)?;
+                self.fill(top.guest().as_ref(), &guest, missing, offset)?;
             }
-            return Ok(new.offset);
+            clusters.correct(cluster, covered)?;
+            return Ok(offset);
         }
-        let missing = match new.room {
+        let missing = match room {
             true => Vec::new(),
             false => present.missing(),
         };
         for missing in missing {
             let len = (missing.end - missing.start) * GRANULE;
-            top.file()
-                .reserve(new.offset + missing.start * GRANULE, len)?;
+            top.guest().reserve(offset + missing.start * GRANULE, len)?;
         }
-        new.present = Some(present);
-        Ok(new.offset)
+        if let Some(new) = clusters.new_mut(cluster) {
+            new.present = Some(present);
+        }
+        Ok(offset)
     }
 
     /// Prepares a cluster that is there in part for a write to `covered`; gives its file offset.
@@ -318,6 +234,8 @@ impl Stack {
         let Some(part) = self.top()?.parts().get(cluster) else {
             return Err(Error::new(Kind::Io, "a part of a cluster is gone"));
         };
+        let paid = self.take_in_place(cluster, part.offset, covered)?;
+        clusters.paid.add(paid);
         clusters.more.push((cluster, 0..0));
         let granules = self.fill_ends(covered, part.offset, &part.present)?;
         if let Some(last) = clusters.more.last_mut() {
@@ -342,22 +260,30 @@ impl Stack {
         for (granule, rest) in [(first, head), (last, tail)] {
             if rest.start < rest.end && !present.has(granule) {
                 let at = offset + (rest.start - guest.start);
-                write_below(self, self.top()?, rest, at)?;
+                write_below(self, self.top()?.guest().as_ref(), rest, at)?;
             }
         }
         Ok(first..last + 1)
     }
 
-    /// Copies granules of the cluster at `guest` from below.
-    fn fill(self: &Arc<Self>, guest: &Range<u64>, granules: Range<u64>, offset: u64) -> Result<()> {
+    /// Copies granules of the cluster at `guest` from below to `file`, the top's; returns those that
+    /// it wrote to: zeros are left out.
+    fn fill(
+        self: &Arc<Self>,
+        file: &dyn StoreFile,
+        guest: &Range<u64>,
+        granules: Range<u64>,
+        offset: u64,
+    ) -> Result<Granules> {
         let start = guest.start + granules.start * GRANULE;
         let end = (guest.start + granules.end * GRANULE).min(guest.end);
-        copy_below(
-            self,
-            self.top()?,
-            start..end,
-            offset + granules.start * GRANULE,
-        )
+        let mut wrote = Granules::none(self.cluster / GRANULE);
+        let at = offset + granules.start * GRANULE;
+        let mut note = |bytes: Range<u64>| {
+            wrote.set(granules_of(&(bytes.start - offset..bytes.end - offset)));
+        };
+        copy_below(self, file, start..end, at, &mut note)?;
+        Ok(wrote)
     }
 
     /// The guest bytes of a cluster.
@@ -414,7 +340,14 @@ impl Stack {
             }
         }
         for missing in present.missing() {
-            self.fill(&guest, missing, part.offset)?;
+            let file = top.file().as_ref();
+            let wrote = self.fill(file, &guest, missing.clone(), part.offset)?;
+            // Nobody wrote to the others: their room is not needed.
+            for empty in wrote.missing_in(missing) {
+                let len = (empty.end - empty.start) * GRANULE;
+                top.file().punch(part.offset + empty.start * GRANULE, len)?;
+                top.held().vacate(cluster, empty)?;
+            }
         }
         top.finish_part(cluster, part.offset)?;
         Ok(Some(part.offset))
@@ -429,10 +362,11 @@ impl Stack {
         covered: &Range<u64>,
     ) -> Result<()> {
         let guest = self.extent(cluster);
-        let top = self.top()?;
+        let file = self.top()?.guest().as_ref();
         for rest in [guest.start..covered.start, covered.end..guest.end] {
             if rest.start < rest.end {
-                copy_below(self, top, rest.clone(), offset + (rest.start - guest.start))?;
+                let at = offset + (rest.start - guest.start);
+                copy_below(self, file, rest, at, &mut |_| ())?;
             }
         }
         Ok(())
@@ -447,26 +381,33 @@ fn push(segments: &mut Vec<WriteSegment>, cluster_at: u64, part: &Range<u64>, by
     }
 }
 
-fn copy_below(stack: &Arc<Stack>, top: &Top, range: Range<u64>, file_offset: u64) -> Result<()> {
+/// Copies bytes from below, without blocks of zeros; `wrote` is told the bytes of the file.
+fn copy_below(
+    stack: &Arc<Stack>,
+    file: &dyn StoreFile,
+    range: Range<u64>,
+    file_offset: u64,
+    wrote: &mut dyn FnMut(Range<u64>),
+) -> Result<()> {
     let mut segments = Vec::new();
     stack.map_below(range.clone(), &mut segments)?;
     let lease = ReadLease::new(stack.clone() as Arc<dyn Layers>);
     let mut buf = Vec::new();
     for s in segments.iter().filter(|s| s.place != SegmentPlace::Hole) {
         buf.resize(COPY.min(s.len as usize), 0);
-        copy_segment(
-            &lease,
-            s,
-            top,
-            file_offset + (s.offset - range.start),
-            &mut buf,
-        )?;
+        let at = file_offset + (s.offset - range.start);
+        copy_segment(&lease, s, file, at, &mut buf, wrote)?;
     }
     Ok(())
 }
 
 /// Writes the bytes below of a piece of a granule, zeros too: what is there may be anything.
-fn write_below(stack: &Arc<Stack>, top: &Top, range: Range<u64>, file_offset: u64) -> Result<()> {
+fn write_below(
+    stack: &Arc<Stack>,
+    file: &dyn StoreFile,
+    range: Range<u64>,
+    file_offset: u64,
+) -> Result<()> {
     let mut segments = Vec::new();
     stack.map_below(range.clone(), &mut segments)?;
     let lease = ReadLease::new(stack.clone() as Arc<dyn Layers>);
@@ -476,15 +417,16 @@ fn write_below(stack: &Arc<Stack>, top: &Top, range: Range<u64>, file_offset: u6
         let at = (s.offset - range.start) as usize;
         lease.read(s, 0, &mut buf[at..at + s.len as usize])?;
     }
-    top.file().write_at(buf, file_offset)
+    file.write_at(buf, file_offset)
 }
 
 fn copy_segment(
     lease: &ReadLease,
     s: &Segment,
-    top: &Top,
+    file: &dyn StoreFile,
     file_offset: u64,
     buf: &mut [u8],
+    wrote: &mut dyn FnMut(Range<u64>),
 ) -> Result<()> {
     let mut done = 0;
     while done < s.len {
@@ -502,8 +444,9 @@ fn copy_segment(
             };
             let data: usize = run(false);
             if data > 0 {
-                top.file()
-                    .write_at(&piece[at..at + data], file_offset + done + at as u64)?;
+                let to = file_offset + done + at as u64;
+                file.write_at(&piece[at..at + data], to)?;
+                wrote(to..to + data as u64);
                 at += data;
             } else {
                 at += run(true);

@@ -6,6 +6,8 @@
 //!   ┌──────┼───────────────┐
 //!  real   memory        recording
 //! ```
+//! [`reserved`] stands in front of one of them, for the files of a store of disks. What such a store
+//! passes on as it is, it names ([`crate::delegate`]).
 //!
 //! * [`real`]: files of the host. Blocking system calls on the caller's thread, or reads on a
 //!   [`ring`].
@@ -21,9 +23,11 @@
 //! [`Store::sync_dir`] on its directory has returned. Before that any subset, in any order, may be
 //! lost, sector (512 bytes) by sector. [`FileSystem::sync`] is both for everything at once.
 
+mod delegate;
 pub mod memory;
 pub mod real;
 pub mod recording;
+pub mod reserved;
 pub mod ring;
 
 use std::fmt::Debug;
@@ -58,6 +62,26 @@ pub enum EntryKind {
     Link,
     /// A device, pipe or socket.
     Other,
+}
+
+/// Who may do what with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rights {
+    /// Permissions.
+    pub mode: u32,
+    /// User that owns it.
+    pub user: u32,
+    /// Group that owns it.
+    pub group: u32,
+}
+
+/// The room of a file system, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// All of it.
+    pub total: u64,
+    /// What may still be taken: without what the file system keeps for the superuser.
+    pub available: u64,
 }
 
 /// Which file, whatever name it was opened by.
@@ -111,6 +135,11 @@ pub trait Store: Send + Sync + Debug {
     /// What is there under that name, without following a link; `None` when nothing is.
     fn kind(&self, path: &Path) -> Result<Option<EntryKind>>;
 
+    /// The room of the file system that the directory `path` is on; `None` where that cannot be told.
+    fn space(&self, _path: &Path) -> Result<Option<Space>> {
+        Ok(None)
+    }
+
     /// The absolute path with all links and `..` resolved. Error: `NotFound`.
     fn resolve(&self, path: &Path) -> Result<PathBuf>;
 }
@@ -154,6 +183,12 @@ pub trait StoreFile: Send + Sync + Debug {
         None
     }
 
+    /// The same file for what clients write, where that may not use what a store has in reserve
+    /// ([`reserved`]); `None` where it is this one.
+    fn for_guests(&self) -> Option<Arc<dyn StoreFile>> {
+        None
+    }
+
     /// Writes all of `buf`, extending the file where needed. Error: `NoSpace` among others; then
     /// any prefix may have been written. Not durable before [`StoreFile::sync`].
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
@@ -184,9 +219,42 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Sets the permissions. Not durable before the file system's own next commit.
     fn set_mode(&self, mode: u32) -> Result<()>;
 
+    /// Who may do what with it; `None` in a store that keeps no such thing.
+    fn rights(&self) -> Result<Option<Rights>> {
+        Ok(None)
+    }
+
+    /// Makes them these. Error: `Permission` where another owner may not be set. Durable like the
+    /// mode.
+    fn set_rights(&self, _rights: &Rights) -> Result<()> {
+        Ok(())
+    }
+
     /// The first range at or after `from` that may hold anything but zeros, cut to `to`; `None` when
     /// there is none. A store that cannot tell answers the whole range.
     fn next_data(&self, from: u64, to: u64) -> Result<Option<std::ops::Range<u64>>>;
+
+    /// Bytes that the host has given the file: data, room that was taken ahead, and what the file
+    /// system adds. A store that cannot tell answers the data.
+    fn host_bytes(&self) -> Result<u64> {
+        let (mut at, end, mut sum) = (0, self.len()?, 0);
+        while at < end
+            && let Some(data) = self.next_data(at, end)?
+        {
+            sum += data.end - data.start;
+            at = data.end;
+        }
+        Ok(sum)
+    }
+
+    /// Keeps `number` with the file, for [`StoreFile::recall`]. A hint: not durable, and nothing
+    /// where the file system has no place for it. Changes neither bytes nor length nor their times.
+    fn keep(&self, _number: u64) {}
+
+    /// The number that was kept, unless bytes were written or the length changed since.
+    fn recall(&self) -> Option<u64> {
+        None
+    }
 
     /// Takes advisory byte locks and keeps them until the file is dropped; see [`crate::locks`].
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()>;

@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, OFlags, RenameFlags, SeekFrom, XattrFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::ring::RingKey;
-use super::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
+use super::{Access, EntryKind, FileId, FileSystem, Rights, Space, Store, StoreFile};
 use crate::error::{Error, Result};
 
 /// Syncs of files by this process.
@@ -59,6 +59,7 @@ fn open_file(path: &Path, options: &mut OpenOptions, what: &str) -> Result<Arc<d
             ino: meta.ino(),
         },
         cannot_tell: AtomicBool::new(false),
+        locked: AtomicBool::new(false),
         file,
     }))
 }
@@ -128,6 +129,15 @@ impl Store for RealStore {
         })))
     }
 
+    fn space(&self, path: &Path) -> Result<Option<Space>> {
+        let stat = rustix::fs::statvfs(path).map_err(|e| Error::io("statvfs", path, e.into()))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+        Ok((stat.f_blocks > 0).then(|| Space {
+            total: bytes(stat.f_blocks),
+            available: bytes(stat.f_bavail),
+        }))
+    }
+
     fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
         let io = |e| Error::io("list directory", path, e);
         let mut names = Vec::new();
@@ -194,7 +204,20 @@ struct RealFile {
     id: FileId,
     /// The file system does not say what is in memory.
     cannot_tell: AtomicBool,
+    /// It has had locks.
+    locked: AtomicBool,
     file: File,
+}
+
+impl Drop for RealFile {
+    fn drop(&mut self) {
+        // A process that is being started has a copy of every descriptor for an instant, and would
+        // keep what is locked by closing this one only.
+        if *self.locked.get_mut() {
+            // To the end of all offsets.
+            drop(self.unlock_bytes(0, 0));
+        }
+    }
 }
 
 /// Zeros to write where the file system cannot make them itself.
@@ -256,6 +279,19 @@ fn flock(kind: i32, offset: u64, len: u64) -> libc::flock {
         l_start: offset as libc::off_t,
         l_len: len as libc::off_t,
         l_pid: 0,
+    }
+}
+
+/// The attribute that [`StoreFile::keep`] keeps a number in: the number, and what the file was like.
+const KEPT: &str = "user.ploop.kept";
+const KEPT_MAX: usize = 128;
+
+impl RealFile {
+    /// Changes with every write and every length.
+    fn stamp(&self) -> Option<String> {
+        let stat = rustix::fs::fstat(self.file.as_fd()).ok()?;
+        let (len, s, ns) = (stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
+        Some(format!("{len} {s} {ns}"))
     }
 }
 
@@ -382,6 +418,25 @@ impl StoreFile for RealFile {
             .map_err(|e| Error::io("set the permissions", &self.path, e.into()))
     }
 
+    fn rights(&self) -> Result<Option<Rights>> {
+        let meta = self.file.metadata();
+        let meta = meta.map_err(|e| Error::io("read the permissions", &self.path, e))?;
+        Ok(Some(Rights {
+            mode: meta.mode() & 0o7777,
+            user: meta.uid(),
+            group: meta.gid(),
+        }))
+    }
+
+    fn set_rights(&self, rights: &Rights) -> Result<()> {
+        let now = self.rights()?;
+        if now.is_some_and(|now| (now.user, now.group) != (rights.user, rights.group)) {
+            std::os::unix::fs::fchown(&self.file, Some(rights.user), Some(rights.group))
+                .map_err(|e| Error::io("set the owner", &self.path, e))?;
+        }
+        self.set_mode(rights.mode)
+    }
+
     fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
         let io = |e: Errno| self.err("seek", from, e.into());
         // pread and pwrite never use the file position, so moving it here disturbs nobody; two
@@ -403,7 +458,31 @@ impl StoreFile for RealFile {
         Ok(Some(start..end.clamp(start + 1, to.max(start + 1))))
     }
 
+    fn host_bytes(&self) -> Result<u64> {
+        let stat = rustix::fs::fstat(self.file.as_fd());
+        let stat = stat.map_err(|e| self.err("look at", 0, e.into()))?;
+        Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+    }
+
+    fn keep(&self, number: u64) {
+        if let Some(stamp) = self.stamp() {
+            let text = format!("{number} {stamp}");
+            // Where there are no such attributes, or none may be set, it is counted again.
+            let fd = self.file.as_fd();
+            let _ = rustix::fs::fsetxattr(fd, KEPT, text.as_bytes(), XattrFlags::empty());
+        }
+    }
+
+    fn recall(&self) -> Option<u64> {
+        let mut buf = [0; KEPT_MAX];
+        let len = rustix::fs::fgetxattr(self.file.as_fd(), KEPT, &mut buf[..]).ok()?;
+        let text = std::str::from_utf8(buf.get(..len)?).ok()?;
+        let (number, stamp) = text.split_once(' ')?;
+        (stamp == self.stamp()?).then(|| number.parse().ok())?
+    }
+
     fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        self.locked.store(true, Relaxed);
         let mut lock = flock(libc::F_RDLCK, offset, len);
         self.fcntl_lock(libc::F_OFD_SETLK, &mut lock)
             .map_err(|e| self.err("lock bytes", offset, e))

@@ -63,6 +63,24 @@ pub fn check_image(file: &dyn StoreFile) -> Result<ImageScan> {
     Ok(s.finish())
 }
 
+/// The bytes of the file that the image's extension has, a cluster each; `None` unless it is in force
+/// and sound. Reads the BAT, and the extension's clusters but for bits.
+pub fn sound_extension(file: &dyn StoreFile) -> Result<Option<Vec<Range<u64>>>> {
+    let mut s = Scanner::entries_of(file)?;
+    let before = s.scan.findings.len();
+    s.extension_found()?;
+    // What else is in it, and may not be dropped, says nothing against the rest.
+    let mut found = s.scan.findings.iter().skip(before);
+    let overlaps = found.any(|f| f.kind != FindingKind::UnknownFeature);
+    let clusters = s.extension_content()?.filter(|_| !overlaps);
+    let (start, bytes) = (s.scan.header.data_start, s.scan.header.cluster_bytes());
+    let place = |cluster: u32| {
+        let at = start + u64::from(cluster) * bytes;
+        at..at + bytes
+    };
+    Ok(clusters.map(|all| all.into_iter().map(place).collect()))
+}
+
 impl Scanner<'_> {
     fn entries_of(file: &dyn StoreFile) -> Result<Scanner<'_>> {
         let (header, file_len) = read_header(file)?;

@@ -22,7 +22,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 pub use header::explain_header;
-pub use image::{ImageScan, PAGE_ENTRIES, check_image, scan_image, slots};
+pub use image::{ImageScan, PAGE_ENTRIES, check_image, scan_image, slots, sound_extension};
 pub use merge::merge_untouched;
 pub use used::Used;
 

@@ -47,11 +47,24 @@ pub fn copy(from: &dyn Device, to: &dyn Device, progress: Progress<'_>) -> Resul
 /// Hands every run of blocks that are not all zeros to `sink`, in ascending order. A piece begins
 /// on a multiple of 4 KiB, is 64 KiB long at most and crosses no multiple of that.
 pub(crate) fn pieces(from: &dyn Device, progress: Progress<'_>, sink: Sink<'_>) -> Result<()> {
+    pieces_in(from, 0..from.size(), progress, sink)
+}
+
+/// The same for the blocks of `range` alone, which begins at a multiple of 4 KiB. `progress` as of the
+/// whole.
+pub(crate) fn pieces_in(
+    from: &dyn Device,
+    range: Range<u64>,
+    progress: Progress<'_>,
+    sink: Sink<'_>,
+) -> Result<()> {
     let size = from.size();
+    let stop = range.end.min(size);
     // A multiple of `BLOCK`, so no block lies in two windows.
     let window = from.cluster_bytes().next_multiple_of(SECTOR).max(SECTOR) * WINDOW_CLUSTERS;
     let mut walk = Walk {
         from,
+        stop,
         size,
         progress,
         sink,
@@ -59,10 +72,10 @@ pub(crate) fn pieces(from: &dyn Device, progress: Progress<'_>, sink: Sink<'_>) 
         buf: Vec::new(),
     };
     let mut segments: Vec<Segment> = Vec::new();
-    let mut at = 0;
-    progress(0, size);
-    while at < size {
-        let end = at.saturating_add(window).min(size);
+    let mut at = range.start;
+    progress(at, size);
+    while at < stop {
+        let end = at.saturating_add(window).min(stop);
         let lease = from.map(at..end, &mut segments)?;
         for s in &segments {
             walk.segment(&lease, s)?;
@@ -76,6 +89,8 @@ pub(crate) fn pieces(from: &dyn Device, progress: Progress<'_>, sink: Sink<'_>) 
 
 struct Walk<'a> {
     from: &'a dyn Device,
+    /// Where the range ends, and the device.
+    stop: u64,
     size: u64,
     progress: Progress<'a>,
     sink: Sink<'a>,
@@ -114,7 +129,7 @@ impl Walk<'_> {
             return Ok(());
         }
         let start = range.start / BLOCK * BLOCK;
-        let end = range.end.next_multiple_of(BLOCK).min(self.size);
+        let end = range.end.next_multiple_of(BLOCK).min(self.stop);
         if start > self.waiting.end || self.waiting.is_empty() {
             self.read_waiting()?;
             self.waiting = start..end;

@@ -20,7 +20,7 @@
 //! would be believed.
 
 mod copy;
-mod qcow2;
+pub(crate) mod qcow2;
 mod raw;
 mod staged;
 #[cfg(test)]
@@ -40,7 +40,7 @@ use ploop::store::{Access, SECTOR};
 use ploop::{Error, Kind as ErrorKind, Result};
 
 pub use copy::copy;
-pub(crate) use copy::pieces;
+pub(crate) use copy::{pieces, pieces_in};
 pub use raw::copy_to_file;
 use staged::Staged;
 

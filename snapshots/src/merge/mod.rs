@@ -15,7 +15,7 @@
 //! place where it was lose it. So child over parent reads the same at every instant, whichever
 //! direction worked on it before, and whoever goes on decides the direction anew. The space of what
 //! has moved is given back batch by batch, when no reader holds the place any more; all that a merge
-//! needs besides is one batch.
+//! needs besides is one batch, and on a full host a batch is small enough for the store's reserve.
 //!
 //! The job commits at its start, by the `<Temporary/>` mark of the parent: from then on that node is
 //! not listed, opened or switched to, and whoever opens the disk next may go on.
@@ -23,12 +23,14 @@
 mod context;
 mod copy;
 mod direction;
+mod moving;
 
 use ploop::descriptor::{Descriptor, Guid, Temporary};
 use ploop::disk::Disk;
 use ploop::error::{Error, Kind, Result};
 
 use crate::place::Place;
+use crate::quota;
 use context::Context;
 pub(crate) use context::marker;
 
@@ -36,6 +38,9 @@ pub use direction::{Costs, Direction, choose};
 
 /// Bytes that one step moves at most, unless a cluster is larger.
 pub const STEP: u64 = 16 << 20;
+
+/// The least that it moves on a full host, unless less was asked for or a cluster is larger.
+const STEP_MIN: u64 = 256 << 10;
 
 /// What a step came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,7 +162,8 @@ impl<'a> Merge<'a> {
         let Some(context) = &mut self.context else {
             return Ok(Step::More);
         };
-        let moved = context.advance(self.disk, budget.clamp(1, STEP))?;
+        let room = affordable(self.place).max(STEP_MIN);
+        let moved = context.advance(self.disk, budget.min(room).clamp(1, STEP))?;
         self.progress.done += moved.bytes;
         if moved.more {
             return Ok(Step::More);
@@ -166,6 +172,7 @@ impl<'a> Merge<'a> {
         context.finish(self.place, self.disk, d, self.node)?;
         self.context = None;
         self.progress.total = self.progress.done;
+        quota::recount_limited(self.place, self.disk);
         Ok(Step::Done)
     }
 
@@ -181,6 +188,17 @@ impl<'a> Merge<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// Half of what the host has and the store keeps in reserve: the other half is for everybody's
+/// flushes, and for the file system's own tables. Each batch gives back what it took.
+fn affordable(place: &Place<'_>) -> u64 {
+    // Who cannot tell says so when the room is needed.
+    let Ok(Some(space)) = place.store().space(place.dir()) else {
+        return u64::MAX;
+    };
+    let reserve = place.root().map_or(Ok(0), |root| root.reserve().held());
+    space.available.saturating_add(reserve.unwrap_or(0)) / 2
 }
 
 /// COMMIT of a deletion that takes long: the node is marked.

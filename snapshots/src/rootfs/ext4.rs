@@ -16,6 +16,7 @@ const SUPERBLOCK: u64 = 1024;
 const MAGIC: u16 = 0xef53;
 const INCOMPAT_META_BG: u32 = 0x10;
 const INCOMPAT_64BIT: u32 = 0x80;
+const RO_COMPAT_QUOTA: u32 = 0x100;
 /// Group flag: no inode of the group was ever used.
 const INODE_UNINIT: u16 = 0x1;
 
@@ -25,6 +26,8 @@ pub(super) struct Superblock {
     pub(super) block_size: u64,
     pub(super) blocks: u64,
     pub(super) inodes: u32,
+    /// It counts what users and groups have.
+    pub(super) quota: bool,
     inodes_per_group: u32,
     inode_size: u16,
     desc_size: u16,
@@ -54,6 +57,7 @@ impl Superblock {
                     0
                 },
             inodes: le32(&sb, 0),
+            quota: le32(&sb, 100) & RO_COMPAT_QUOTA != 0,
             inodes_per_group: le32(&sb, 40),
             inode_size: le16(&sb, 88),
             desc_size: if wide { le16(&sb, 254) } else { 32 },
@@ -71,6 +75,20 @@ impl Superblock {
                 .at(base + SUPERBLOCK));
         }
         Ok(Some(out))
+    }
+
+    /// Bytes of the file system at `base`, which has `place` bytes to be in. Error: `Corrupt` when it
+    /// says that it has more.
+    pub(super) fn bytes_in(&self, place: u64, path: &Path, base: u64) -> Result<u64> {
+        let bytes = self.blocks.saturating_mul(self.block_size);
+        if bytes <= place {
+            return Ok(bytes);
+        }
+        let what = format!("an ext4 file system that says it has {bytes} bytes, in {place}");
+        Err(Error::corrupt(what)
+            .on(path)
+            .at(base)
+            .fix("Attach the disk that it comes from, and check that: e2fsck -f DEVICE"))
     }
 }
 

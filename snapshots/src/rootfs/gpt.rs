@@ -26,6 +26,8 @@ const ENTRY: usize = 128;
 const ENTRIES: usize = 128;
 const TABLE_BYTES: usize = ENTRY * ENTRIES;
 const TABLE_SECTORS: u64 = TABLE_BYTES as u64 / SECTOR;
+/// What the backup takes at the end of the disk.
+pub(super) const BACKUP: u64 = (TABLE_SECTORS + 1) * SECTOR;
 /// "Linux filesystem data".
 const LINUX: Uuid = Uuid::from_u128(0x0fc63daf_8483_4772_8e79_3d69d8477de4);
 
@@ -48,7 +50,7 @@ pub(super) struct Partition {
 impl Gpt {
     /// A table for a disk of `bytes` with one Linux partition over all of it, in whole MiB.
     pub(super) fn with_one_partition(bytes: u64) -> Result<Gpt> {
-        let end = (bytes.saturating_sub((TABLE_SECTORS + 1) * SECTOR)) / ALIGN * ALIGN;
+        let end = Gpt::last_end(bytes);
         if end <= ALIGN {
             return Err(Error::invalid(format!(
                 "a disk of {bytes} bytes is too small for a partition"
@@ -150,11 +152,44 @@ impl Gpt {
         (0..ENTRIES).all(|i| i == n || !self.used(i) || self.sectors(i).0 < end)
     }
 
+    /// True when a disk of `bytes` holds all partitions, and the backup behind them.
+    pub(super) fn fits(&self, bytes: u64) -> bool {
+        let end = bytes.saturating_sub(BACKUP) / SECTOR;
+        (0..ENTRIES).all(|n| !self.used(n) || self.sectors(n).1 < end)
+    }
+
     /// Makes the table one for a disk of `bytes`, which holds all partitions.
     pub(super) fn span(&mut self, bytes: u64) {
         let sectors = bytes / SECTOR;
         put64(&mut self.header, 32, sectors - 1);
         put64(&mut self.header, 48, sectors - TABLE_SECTORS - 2);
+    }
+
+    /// Bytes of the disk that the table was made for: its backup is their end.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        get64(&self.header, 32)
+            .saturating_add(1)
+            .saturating_mul(SECTOR)
+    }
+
+    /// First byte of the backup: its entries, then its header.
+    pub(super) fn backup_offset(&self) -> u64 {
+        self.disk_bytes().saturating_sub(BACKUP)
+    }
+
+    /// Where a partition over the rest of a disk of `bytes` ends: at the last whole MiB.
+    pub(super) fn last_end(bytes: u64) -> u64 {
+        bytes.saturating_sub(BACKUP) / ALIGN * ALIGN
+    }
+
+    /// The smallest disk, in whole MiB, whose last partition may end at `end`.
+    pub(super) fn disk_for(end: u64) -> u64 {
+        end.next_multiple_of(ALIGN) + BACKUP.next_multiple_of(ALIGN)
+    }
+
+    /// Makes partition `n` end before `end`, a multiple of the sector behind its first byte.
+    pub(super) fn end_at(&mut self, n: usize, end: u64) {
+        put64(&mut self.table, n * ENTRY + 40, end / SECTOR - 1);
     }
 
     /// Makes partition `n` end at the last whole MiB; never smaller than it is.
@@ -335,6 +370,28 @@ mod tests {
                 .count(),
             2
         );
+    }
+
+    #[test]
+    fn a_shrunk_table_is_one_of_the_smaller_disk() {
+        for bytes in [40 * MIB, 40 * MIB + 32 * 512, 40 * MIB + 33 * 512] {
+            let f = disk(64 * MIB);
+            let mut gpt = Gpt::read(f.as_file(), f.path()).unwrap().unwrap();
+            assert_eq!(gpt.disk_bytes(), 64 * MIB);
+            gpt.span(bytes);
+            let end = Gpt::last_end(bytes);
+            gpt.end_at(0, end);
+            gpt.write(f.as_file(), f.path()).unwrap();
+            f.as_file().set_len(bytes).unwrap();
+            sgdisk(f.path());
+            let gpt = Gpt::read(f.as_file(), f.path()).unwrap().unwrap();
+            let part = gpt.partition(0).unwrap();
+            assert_eq!((part.offset, part.offset + part.bytes), (MIB, end));
+            assert_eq!(gpt.disk_bytes(), bytes);
+            // Nothing smaller in whole MiB would do.
+            assert_eq!(Gpt::last_end(Gpt::disk_for(end)), end);
+            assert!(Gpt::last_end(Gpt::disk_for(end) - MIB) < end);
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt};
 use std::path::Path;
 
 use ploop::error::{Error, Kind, Result};
@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use super::ext4::Superblock;
 use super::gpt::Gpt;
 use super::tool;
+use crate::store::refuse_full;
 
 /// What [`grow`] did. The disk is larger in any case.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,15 +40,7 @@ pub struct Grown {
 /// Errors: `Invalid` for a size below the present one or no multiple of 512, `Corrupt` for a
 /// damaged partition table or file system, `NoSpace`.
 pub fn grow(image: &Path, new_size: u64) -> Result<Grown> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(image)
-        .map_err(|e| Error::io("open", image, e))?;
-    let old_size = file
-        .metadata()
-        .map_err(|e| Error::io("stat", image, e))?
-        .len();
+    let (file, old_size) = open(image)?;
     if new_size < old_size || !new_size.is_multiple_of(512) {
         return Err(Error::invalid(format!(
             "a disk of {old_size} bytes cannot be grown to {new_size} bytes: the size must be a \
@@ -66,6 +59,14 @@ pub fn grow(image: &Path, new_size: u64) -> Result<Grown> {
     Ok(grown)
 }
 
+/// The raw disk in a file, to be changed, and its bytes.
+pub(super) fn open(image: &Path) -> Result<(File, u64)> {
+    let file = OpenOptions::new().read(true).write(true).open(image);
+    let file = file.map_err(|e| Error::io("open", image, e))?;
+    let about = file.metadata().map_err(|e| Error::io("stat", image, e))?;
+    Ok((file, about.len()))
+}
+
 fn grow_partition(
     file: &File,
     image: &Path,
@@ -73,14 +74,22 @@ fn grow_partition(
     old_size: u64,
     new_size: u64,
 ) -> Result<Grown> {
+    if !gpt.fits(new_size) {
+        let what = "the partition table: a partition ends behind the disk";
+        return Err(Error::corrupt(what)
+            .on(image)
+            .fix("Mend it inside first: sgdisk -v DEVICE says what is wrong"));
+    }
     let extendable = gpt.partition(0).is_some() && gpt.is_last(0);
-    if new_size > old_size {
+    // Of a disk that was grown alone before, the table is still that of the smaller one.
+    let made_for = gpt.disk_bytes();
+    if new_size > made_for.min(old_size) {
         gpt.span(new_size);
         if extendable {
             gpt.extend(0);
         }
         gpt.write(file, image)?;
-        Gpt::erase_backup(file, image, old_size)?;
+        Gpt::erase_backup(file, image, made_for.min(old_size))?;
     }
     match gpt.partition(0) {
         Some(part) if extendable => grow_ext4(file, image, (part.offset, part.bytes), new_size),
@@ -107,6 +116,7 @@ fn grow_ext4(file: &File, image: &Path, place: (u64, u64), disk: u64) -> Result<
             disk,
         ));
     };
+    let old = sb.bytes_in(bytes, image, offset)?;
     let blocks = bytes / sb.block_size;
     if blocks > sb.blocks {
         if offset == 0 {
@@ -115,7 +125,6 @@ fn grow_ext4(file: &File, image: &Path, place: (u64, u64), disk: u64) -> Result<
             file.set_len(disk)
                 .map_err(|e| Error::io("extend", image, e))?;
         } else {
-            let old = sb.blocks * sb.block_size;
             aside(file, image, offset, old, |alone| resize(alone, blocks))?;
         }
     }
@@ -130,36 +139,48 @@ fn grow_ext4(file: &File, image: &Path, place: (u64, u64), disk: u64) -> Result<
     }
     Ok(Grown {
         filesystem: true,
-        bytes: now.blocks * now.block_size,
+        bytes: now.bytes_in(bytes, image, offset)?,
         reason: None,
     })
 }
 
 /// Checks the file system that the file is, and makes it `blocks` long.
-fn resize(image: &Path, blocks: u64) -> Result<()> {
+pub(super) fn resize(image: &Path, blocks: u64) -> Result<()> {
+    check(image)?;
     let (dir, name) = split(image)?;
-    let out = tool::run("e2fsck", &["-fp", name], dir)?;
+    let out = tool::run_on(image, "resize2fs", &[name, &blocks.to_string()], dir)?;
+    if out.code != Some(0) {
+        return Err(tool::failed("resize2fs", image, &out));
+    }
+    let file = File::open(image).map_err(|e| Error::io("open", image, e))?;
+    match Superblock::read(&file, image, 0)? {
+        // resize2fs charges nobody for the blocks of an extent tree that it makes or drops.
+        Some(sb) if sb.quota => check(image),
+        _ => Ok(()),
+    }
+}
+
+/// Checks the file system that the file is; what can be repaired without asking is.
+pub(super) fn check(image: &Path) -> Result<()> {
+    let (dir, name) = split(image)?;
+    let out = tool::run_on(image, "e2fsck", &["-fp", name], dir)?;
     // 1: what was found was repaired.
-    if !matches!(out.code, Some(0 | 1)) {
-        let error = tool::failed("e2fsck", image, &out);
-        return Err(match error.kind() {
-            Kind::Io => Error::corrupt(error.what())
-                .on(image)
-                .fix("Attach the disk that it comes from, and check that: e2fsck -f DEVICE"),
-            _ => error,
-        });
+    if matches!(out.code, Some(0 | 1)) {
+        return Ok(());
     }
-    let out = tool::run("resize2fs", &[name, &blocks.to_string()], dir)?;
-    match out.code {
-        Some(0) => Ok(()),
-        _ => Err(tool::failed("resize2fs", image, &out)),
-    }
+    let error = tool::failed("e2fsck", image, &out);
+    Err(match error.kind() {
+        Kind::Io => Error::corrupt(error.what())
+            .on(image)
+            .fix("Attach the disk that it comes from, and check that: e2fsck -f DEVICE"),
+        _ => error,
+    })
 }
 
 /// Lets `change` work on a file of its own that holds what `file` has from `offset` on, `len`
 /// bytes, and brings the result back. resize2fs can be told an offset, but at its end it cuts the
 /// file as if there were none, and with it the last blocks of the file system.
-fn aside(
+pub(super) fn aside(
     file: &File,
     image: &Path,
     offset: u64,
@@ -167,6 +188,9 @@ fn aside(
     change: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let (dir, name) = split(image)?;
+    let data = file.metadata().map_err(|e| Error::io("stat", image, e))?;
+    let left = fs2::available_space(dir).map_err(|e| Error::io("statvfs", dir, e))?;
+    refuse_full(dir, data.blocks() * 512, left)?;
     let at = dir.join(format!("{name}.fs"));
     let own = OpenOptions::new()
         .read(true)
@@ -209,7 +233,7 @@ fn copy(from: &File, start: u64, to: &File, target: u64, len: u64) -> io::Result
 }
 
 /// The first data at or after `at`; empty at `end` when there is none.
-fn data_from(file: &File, at: u64, end: u64) -> io::Result<Range<u64>> {
+pub(super) fn data_from(file: &File, at: u64, end: u64) -> io::Result<Range<u64>> {
     let start = match seek(file, Seek::Data(at)) {
         Ok(start) if start < end => start,
         Ok(_) | Err(Errno::NXIO) => return Ok(end..end),
@@ -221,7 +245,7 @@ fn data_from(file: &File, at: u64, end: u64) -> io::Result<Range<u64>> {
 }
 
 /// The directory and the name that e2fsprogs will take.
-fn split(image: &Path) -> Result<(&Path, &str)> {
+pub(super) fn split(image: &Path) -> Result<(&Path, &str)> {
     let dir = match image.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
@@ -229,12 +253,12 @@ fn split(image: &Path) -> Result<(&Path, &str)> {
     let name = image.file_name().and_then(|n| n.to_str());
     match name {
         Some(name) if !name.contains('?') && !name.starts_with('-') => Ok((dir, name)),
-        _ => Err(Error::invalid("resize2fs cannot take a file of this name").on(image)),
+        _ => Err(Error::invalid("e2fsprogs cannot take a file of this name").on(image)),
     }
 }
 
 /// What is known by its first bytes and is not ext4.
-fn what_is_there(file: &File, offset: u64) -> &'static str {
+pub(super) fn what_is_there(file: &File, offset: u64) -> &'static str {
     use std::os::unix::fs::FileExt;
     let begins = |at: u64, magic: &[u8]| {
         let mut buf = vec![0; magic.len()];

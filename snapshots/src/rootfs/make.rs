@@ -10,7 +10,8 @@
 //!                        owner, time, device, attributes
 //! 6  e2fsck -fn          clean, or it is an error
 //! 7  e2fsck -fyD         an index for large directories; then step 6 again
-//! 8  read inode tables   every inode is as the tree says, or it is an error
+//! 8  tune2fs             the quota, when asked for: it counts by owner; then step 6 again
+//! 9  read inode tables   every inode is as the tree says, or it is an error
 //! ```
 //!
 //! Only what is not a file or directory passes its name through debugfs; everything after that goes
@@ -24,6 +25,7 @@ use std::path::{Path, PathBuf};
 use ploop::error::{Error, Kind, Result};
 
 use super::ext4::{self, Raw};
+use super::quota;
 use super::rules::{refused, show};
 use super::script::Script;
 use super::size::{self, Needs};
@@ -63,6 +65,7 @@ pub(super) struct Target<'a> {
     pub(super) bytes: u64,
     pub(super) label: Option<&'a str>,
     pub(super) reserve: u64,
+    pub(super) user_quota: bool,
 }
 
 impl Target<'_> {
@@ -121,6 +124,10 @@ pub(super) fn make(
     e2fsck(target)?;
     index_directories(target, tree)?;
     e2fsck(target)?;
+    if target.user_quota {
+        quota::turn_on(target.work, &target.name(), &target.path(), target.offset)?;
+        e2fsck(target)?;
+    }
     verify(target, &file, tree, &map)?;
     step(Step::Check, count);
     Ok(())

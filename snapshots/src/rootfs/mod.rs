@@ -30,8 +30,10 @@ mod grow;
 mod make;
 mod members;
 mod pax;
+mod quota;
 mod rules;
 mod script;
+mod shrink;
 mod size;
 mod sparse;
 mod stage;
@@ -46,6 +48,8 @@ use std::path::{Path, PathBuf};
 use ploop::error::{Error, Result};
 
 pub use grow::{Grown, grow};
+pub use quota::add_quota;
+pub use shrink::{Shrunk, shrink};
 
 use stage::{BLOCK, Stage};
 use tree::Tree;
@@ -78,6 +82,9 @@ pub struct BuildOptions {
     /// Bytes that the file system can grow to while it is mounted, as far as ext4 can keep room
     /// for it (8 TiB).
     pub fs_reserve_max: u64,
+    /// User and group quota, counted in the file system. A kernel without quota mounts it
+    /// read-only, if at all.
+    pub user_quota: bool,
 }
 
 impl Default for BuildOptions {
@@ -87,6 +94,7 @@ impl Default for BuildOptions {
             partition: true,
             label: None,
             fs_reserve_max: 16 << 40,
+            user_quota: false,
         }
     }
 }
@@ -135,7 +143,7 @@ pub struct Built {
 /// Builds a raw disk image from `source` in the directory `work`, which must be there, empty and
 /// private to the caller, who removes it after an error. Blocking; the image is durable on return.
 ///
-/// Needs mke2fs, debugfs and e2fsck (e2fsprogs 1.47). Errors: `Invalid` for a member or size that
+/// Needs mke2fs, debugfs, e2fsck and tune2fs (e2fsprogs 1.47). Errors: `Invalid` for a member or size that
 /// is refused, `Corrupt` for a damaged archive, `Unsupported` for what ext4 or this program does
 /// not know, `NoSpace` for a full host or a size that does not hold the content, `Permission` for
 /// a directory that the caller may not read.
@@ -157,7 +165,7 @@ pub fn build(
         RootSource::Dir(path) => dir::read(path, work, &mut tree, &mut stage, progress)?,
         RootSource::Tar(path) => tar::read(path, &mut tree, &mut stage, progress)?,
     }
-    let needs = size::needs(&tree);
+    let needs = size::needs(&tree, options.user_quota);
     let content_bytes = stage.staged();
     let frame = if options.partition { FRAME } else { 0 };
     let bytes = match options.size {
@@ -172,6 +180,7 @@ pub fn build(
         bytes: partition_bytes,
         label: options.label.as_deref(),
         reserve: options.fs_reserve_max,
+        user_quota: options.user_quota,
     };
     make::make(&target, &tree, stage, &needs, progress)?;
     let image = work.join(IMAGE);

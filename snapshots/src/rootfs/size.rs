@@ -3,6 +3,8 @@
 //! An estimate from above: a disk that is a few MiB too large costs nothing (its blocks are holes),
 //! one that is too small costs the import.
 
+use std::collections::HashSet;
+
 use super::stage::BLOCK;
 use super::tree::{Inode, Kind, Tree};
 
@@ -17,6 +19,9 @@ const GROUP_BLOCKS: u64 = 32768;
 /// Descriptors in a block, and the most blocks that are kept for more of them.
 const DESCS_PER_BLOCK: u64 = 64;
 const RESERVED_MAX: u64 = 1024;
+/// What two files of quota take before they know anybody. Every id adds a block at most: three
+/// levels of the tree to it, 1 KiB each, and its entry.
+const QUOTA_BLOCKS: u64 = 4;
 /// Inodes that no member can have.
 const OWN_INODES: u64 = 11;
 
@@ -28,7 +33,7 @@ pub(super) struct Needs {
 }
 
 /// Counts what `tree` takes.
-pub(super) fn needs(tree: &Tree) -> Needs {
+pub(super) fn needs(tree: &Tree, user_quota: bool) -> Needs {
     let mut out = Needs {
         inodes: OWN_INODES,
         blocks: 4,
@@ -36,6 +41,14 @@ pub(super) fn needs(tree: &Tree) -> Needs {
     for (_, inode) in tree.inodes() {
         out.inodes += 1;
         out.blocks += blocks(inode);
+    }
+    if user_quota {
+        let owners = |of: fn(&Inode) -> u32| {
+            let ids: HashSet<u32> = tree.inodes().map(|(_, inode)| of(inode)).collect();
+            ids.len() as u64
+        };
+        let ids = owners(|i| i.meta.uid) + owners(|i| i.meta.gid);
+        out.blocks += QUOTA_BLOCKS + ids;
     }
     out
 }

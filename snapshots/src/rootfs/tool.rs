@@ -5,10 +5,15 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use fsck::inside;
 use ploop::error::{Error, Kind, Result};
+
+const PACKAGE: &str = "e2fsprogs";
 
 /// What a tool left behind.
 #[derive(Debug)]
@@ -19,19 +24,47 @@ pub(super) struct Output {
     pub(super) stderr: Vec<u8>,
 }
 
-/// Runs `tool` in `dir` with no input, and waits for it.
-pub(super) fn run<S: AsRef<OsStr>>(tool: &str, args: &[S], dir: &Path) -> Result<Output> {
+/// What a tool may take for a file, and more for each GiB of data in it: far longer than any needs
+/// that gets on.
+const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE_PER_GIB: Duration = Duration::from_secs(300);
+
+fn command<S: AsRef<OsStr>>(tool: &str, args: &[S], dir: &Path) -> Command {
     let mut path = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin"));
     path.push(":/usr/sbin:/sbin");
-    let out = Command::new(tool)
-        .args(args)
-        .current_dir(dir)
-        .env_clear()
-        .env("PATH", path)
-        .env("LC_ALL", "C")
-        .env("MKE2FS_CONFIG", super::make::CONFIG)
-        .stdin(Stdio::null())
-        .output();
+    let mut command = Command::new(tool);
+    command.args(args).current_dir(dir).env_clear();
+    command.env("PATH", path).env("LC_ALL", "C");
+    command.env("MKE2FS_CONFIG", super::make::CONFIG);
+    command
+}
+
+/// Runs `tool` in `dir` on the file system in `image`, which a guest wrote: so what is kept of its
+/// words is bounded, and so is the time that it gets.
+pub(super) fn run_on<S: AsRef<OsStr>>(
+    image: &Path,
+    tool: &str,
+    args: &[S],
+    dir: &Path,
+) -> Result<Output> {
+    let of = std::fs::metadata(image).map_err(|e| Error::io("stat", image, e))?;
+    let gib = u32::try_from((of.blocks() * 512) >> 30).unwrap_or(u32::MAX);
+    let patience = PATIENCE.saturating_add(PATIENCE_PER_GIB.saturating_mul(gib));
+    let said = inside::run_command(&mut command(tool, args, dir), PACKAGE, patience);
+    let said = said.map_err(|e| match e.kind() {
+        Kind::NotFound => e,
+        _ => e.on(image),
+    })?;
+    Ok(Output {
+        code: Some(said.code),
+        stdout: said.out.into_bytes(),
+        stderr: said.err.into_bytes(),
+    })
+}
+
+/// Runs `tool` in `dir` with no input, and waits for it.
+pub(super) fn run<S: AsRef<OsStr>>(tool: &str, args: &[S], dir: &Path) -> Result<Output> {
+    let out = command(tool, args, dir).stdin(Stdio::null()).output();
     match out {
         Ok(out) => Ok(Output {
             code: out.status.code(),
@@ -42,7 +75,7 @@ pub(super) fn run<S: AsRef<OsStr>>(tool: &str, args: &[S], dir: &Path) -> Result
             Kind::NotFound,
             format!("the program {tool} is not installed"),
         )
-        .fix("Install it: apt-get install e2fsprogs")),
+        .fix(format!("Install it: apt-get install {PACKAGE}"))),
         Err(e) => Err(Error::io(format!("run {tool} in"), dir, e)),
     }
 }
@@ -96,7 +129,14 @@ fn said(text: &str) -> Option<String> {
 pub(super) fn is_banner(line: &str) -> bool {
     let mut words = line.split(' ');
     let tool = words.next().unwrap_or_default();
-    let known = ["debugfs", "mke2fs", "e2fsck", "resize2fs", "dumpe2fs"];
+    let known = [
+        "debugfs",
+        "mke2fs",
+        "e2fsck",
+        "resize2fs",
+        "dumpe2fs",
+        "tune2fs",
+    ];
     let version = words
         .next()
         .is_some_and(|w| w.starts_with(|c: char| c.is_ascii_digit()));
@@ -113,6 +153,18 @@ mod tests {
     #[test]
     fn a_missing_tool_says_what_to_install() {
         let e = run("mke2fs-that-is-not-there", &[""], Path::new("/")).unwrap_err();
+        assert!(e.to_string().contains("apt-get install e2fsprogs"), "{e}");
+    }
+
+    /// Goal: who wrote the file system cannot fill the memory of whoever resizes it.
+    #[test]
+    fn what_is_said_of_a_guests_file_system_is_kept_up_to_a_bound() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let script = "yes | head -c 30000000; exit 1";
+        let out = run_on(image.path(), "sh", &["-c", script], Path::new("/")).unwrap();
+        assert_eq!(out.code, Some(1));
+        assert!((1..10_000_000).contains(&out.stdout.len()));
+        let e = run_on(image.path(), "no-such-e2fsck", &[""], Path::new("/")).unwrap_err();
         assert!(e.to_string().contains("apt-get install e2fsprogs"), "{e}");
     }
 

@@ -4,6 +4,8 @@
 
 mod host;
 mod hostile;
+mod quota;
+mod shrink;
 mod tricky;
 
 use std::fs;

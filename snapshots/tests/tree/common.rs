@@ -58,7 +58,12 @@ impl Host {
 
     /// Makes an empty disk.
     pub(crate) fn init(&self, version: Version) {
-        let size = CLUSTERS * u64::from(CLUSTER_SECTORS);
+        self.init_of(version, CLUSTERS);
+    }
+
+    /// Makes an empty disk of so many clusters.
+    pub(crate) fn init_of(&self, version: Version, clusters: u64) {
+        let size = clusters * u64::from(CLUSTER_SECTORS);
         let header = Header::new(version, CLUSTER_SECTORS, size).unwrap();
         let dir = Path::new(&self.dir);
         self.store().create_dir(dir).unwrap();

@@ -5,10 +5,15 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+mod backup;
 mod common;
+mod diff;
 mod export;
 mod journal;
+mod quota;
 mod rename;
+mod resize;
 mod switch;
 mod switch_crash;
+mod tracker;
 mod tree;

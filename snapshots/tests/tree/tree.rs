@@ -28,7 +28,7 @@ fn nodes(host: &Host) -> Vec<Node> {
 }
 
 /// base ─ a ─ b ─ c ─ top, and on a also rollback-1.
-fn branched() -> Host {
+pub(crate) fn branched() -> Host {
     let host = Host::on(MemoryStore::shared());
     host.init(Version::V2);
     host.write(0, 2 * CLUSTER, 1);
@@ -109,24 +109,29 @@ fn all_data(host: &Host) -> u64 {
         .sum()
 }
 
+/// Deletes a node, with all that follows; the data that this gave back.
+fn freed_by_deleting(host: &Host, node: &Node) -> u64 {
+    let before = all_data(host);
+    let place = host.place();
+    let disk = place.open().unwrap();
+    let live = Live {
+        place: &place,
+        disk: &disk,
+    };
+    delete::delete(live, Guid::parse(&node.guid).unwrap()).unwrap();
+    delete::run(live, &Unwatched).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    place.sweep().unwrap();
+    before - all_data(host)
+}
+
 #[test]
 fn what_is_foretold_comes_true() {
     for n in 0..4 {
         let host = branched();
         let node = nodes(&host).remove(n);
-        let before = all_data(&host);
-        let place = host.place();
-        let disk = place.open().unwrap();
-        let live = Live {
-            place: &place,
-            disk: &disk,
-        };
-        delete::delete(live, Guid::parse(&node.guid).unwrap()).unwrap();
-        delete::run(live, &Unwatched).unwrap();
-        disk.close().unwrap();
-        drop(disk);
-        place.sweep().unwrap();
-        let freed = before - all_data(&host);
+        let freed = freed_by_deleting(&host, &node);
         assert_eq!(node.freed_if_deleted, Some(freed), "{node:?}");
     }
 }
@@ -380,19 +385,7 @@ fn foretold_and_done_agree_on_files() {
             host.snap(name);
         }
         let node = nodes(&host).remove(next(3) as usize);
-        let before = all_data(&host);
-        let place = host.place();
-        let disk = place.open().unwrap();
-        let live = Live {
-            place: &place,
-            disk: &disk,
-        };
-        delete::delete(live, Guid::parse(&node.guid).unwrap()).unwrap();
-        delete::run(live, &Unwatched).unwrap();
-        disk.close().unwrap();
-        drop(disk);
-        place.sweep().unwrap();
-        let freed = before - all_data(&host);
+        let freed = freed_by_deleting(&host, &node);
         assert_eq!(
             node.freed_if_deleted,
             Some(freed),

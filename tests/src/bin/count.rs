@@ -1,11 +1,13 @@
 //! Executes many equal requests in the serving engine over memory, and nothing else: what an
 //! instruction counter is run on ([`tests/instructions.rs`]). No socket, no ring, no clock.
 //!
-//!     count read|write|first-write REQUESTS
+//!     count read|write|first-write REQUESTS [bare|tracked]
 //!
 //! 4 KiB each, 16 in a batch, at random places of a container's disk over a template. `first-write`
 //! goes to a cluster that the container does not have yet each time. Guest bytes are not moved: the
-//! files have tables, and their data areas are blank ([`Blank`]).
+//! files have tables, and their data areas are blank ([`Blank`]). The container has no limits; `bare`
+//! is an engine that does not even ask whether it has. `tracked` is a disk with one tracker, all of
+//! whose regions are announced.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,19 +19,23 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use nbd_server::export::{Counted, Counters};
+use nbd_server::EngineKind;
+use nbd_server::export::{Counted, Counters, Throttle};
+use nbd_server::serve::Plane;
 use nbd_server::serve::engine::{Engine, Sink};
 use nbd_server::session::transmission::Rules;
 use nbd_server::wire::reply::Style;
 use nbd_server::wire::request::{Request, kind};
 use ploop::Result;
 use ploop::chain::Chain;
-use ploop::device::Device;
+use ploop::device::Device as _;
 use ploop::disk::Disk;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{self as format, Header, PloopDelta, Version};
 use ploop::store::memory::MemoryStore;
 use ploop::store::{Access, FileId, Store, StoreFile};
+use ploop::tracker;
+use snapshots::limits::Limits;
 
 const CLUSTER: u64 = 64 << 10;
 const BLOCK: u64 = 4 << 10;
@@ -42,10 +48,22 @@ fn main() {
     let what = args.next().unwrap();
     let requests: u64 = args.next().unwrap().parse().unwrap();
     assert!(what != "first-write" || requests <= CLUSTERS);
+    let how = args.next().unwrap_or_default();
     let device = disk(what == "write");
+    if how == "tracked" {
+        let id = tracker::Id::random();
+        device
+            .start_tracker(id, tracker::GRANULARITY, false)
+            .unwrap();
+    }
     let style = Style::Structured;
     let counted = Arc::new(Counted::new(device.clone(), Arc::new(Counters::default())));
     let mut engine = Engine::new(counted, Rules::over(device.as_ref(), style));
+    if how != "bare" {
+        let throttle = Arc::new(Throttle::default());
+        let gate = throttle.gate("ct", FileId { dev: 0, ino: 0 }, || Some(Limits::default()));
+        engine = engine.behind(gate, &Plane::new(EngineKind::Inline));
+    }
     let (mut input, mut output) = (Vec::new(), Nowhere(0));
     let mut place = 1u64;
     for batch in 0..requests / BATCH {
@@ -83,7 +101,7 @@ impl Sink for Nowhere {
 }
 
 /// A container over a full template; with `written`, it has all of its clusters itself.
-fn disk(written: bool) -> Arc<dyn Device> {
+fn disk(written: bool) -> Arc<Disk> {
     let store = MemoryStore::new();
     let header = Header::new(Version::V2, 128, CLUSTERS * 128).unwrap();
     for name in ["/template", "/top"] {
@@ -91,7 +109,7 @@ fn disk(written: bool) -> Arc<dyn Device> {
     }
     let file = |name, access| -> Arc<dyn StoreFile> {
         let file = store.open(Path::new(name), access).unwrap();
-        Arc::new(Blank(file))
+        Arc::new(Blank { inner: file })
     };
     let open = |name, below| {
         let top = Top::open(file(name, Access::Write)).unwrap();
@@ -117,41 +135,29 @@ fn disk(written: bool) -> Arc<dyn Device> {
 
 /// A file of tables only: behind the first cluster nothing is read or written.
 #[derive(Debug)]
-struct Blank(Arc<dyn StoreFile>);
+struct Blank {
+    inner: Arc<dyn StoreFile>,
+}
 
 impl StoreFile for Blank {
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn id(&self) -> FileId {
-        self.0.id()
-    }
-
-    fn len(&self) -> Result<u64> {
-        self.0.len()
-    }
+    ploop::delegate! { path, id, len, set_len }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         match offset < CLUSTER {
-            true => self.0.read_at(buf, offset),
+            true => self.inner.read_at(buf, offset),
             false => Ok(buf.len()),
         }
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         match offset < CLUSTER {
-            true => self.0.write_at(buf, offset),
+            true => self.inner.write_at(buf, offset),
             false => Ok(()),
         }
     }
 
     fn sync(&self) -> Result<()> {
         Ok(())
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.0.set_len(len)
     }
 
     fn punch(&self, _: u64, _: u64) -> Result<()> {

@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ploop::chain::Chain;
-use ploop::descriptor::{Descriptor, Guid, Image, ImageKind, Shot, Temporary};
 use ploop::device::{Device, Segment, SegmentPlace};
 use ploop::disk::Disk;
 use ploop::disk::open::{OpenOptions, Opener, Source};
@@ -24,7 +23,9 @@ use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, PloopDelta, Version, create};
 use ploop::store::memory::MemoryStore;
 use ploop::store::{Access, Store, StoreFile};
+use ploop::tracker::{Id, Tracker};
 use ploop::verify::{FindingKind, scan_image};
+use ploop_fuzz::base::descriptor;
 
 use super::history::{BASE, JUNK, START, Words, payload};
 use super::{CLUSTER, CLUSTER_SECTORS, SECTOR};
@@ -33,6 +34,8 @@ const DIR: &str = "/disk";
 const XML: &str = "/disk/DiskDescriptor.xml";
 const BOTTOM: &str = "/disk/root.hds";
 const OVERLAY: &str = "/disk/root.hds.top";
+/// The trackers of a disk that has some, and what a bit of them stands for.
+const TRACKERS: [(Id, u64); 2] = [(Id([1; 16]), SECTOR), (Id([2; 16]), 2 * CLUSTER)];
 
 /// See the module text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +76,14 @@ pub struct Fixture {
     pub below: Words,
     /// Clusters of the disk.
     pub clusters: u64,
+    /// Clusters that are compared: more than the disk's where it is to grow.
+    pub shown: u64,
     /// What the checker finds in the top image.
     pub findings: Vec<FindingKind>,
     overlay: bool,
+    tracked: bool,
+    /// Sectors that no run writes to.
+    untouched: std::ops::Range<u64>,
 }
 
 /// What the top image lies on.
@@ -146,8 +154,11 @@ impl Fixture {
             initial,
             below: Arc::new(base_words),
             clusters,
+            shown: clusters,
             findings: vec![],
             overlay,
+            tracked: false,
+            untouched: 0..0,
         };
         let disk = fixture.open(&fixture.start, false).unwrap();
         fixture.initial = Arc::new(words_of(&disk).unwrap());
@@ -156,9 +167,71 @@ impl Fixture {
         fixture
     }
 
-    /// Sectors of the disk.
+    /// The same for a disk that is to grow: `shown` clusters are compared.
+    #[must_use]
+    pub fn showing(mut self, shown: u64) -> Fixture {
+        self.shown = shown;
+        for words in [&mut self.initial, &mut self.below] {
+            Arc::make_mut(words).resize((shown * CLUSTER_SECTORS) as usize, 0);
+        }
+        self
+    }
+
+    /// The same for a disk whose writes are tracked from here on, by trackers of a sector and of two
+    /// clusters for a bit.
+    #[must_use]
+    pub fn tracked(mut self) -> Fixture {
+        let known = TRACKERS.map(|(id, granularity)| {
+            format!("\"{id}\": {{\"name\": \"{granularity}\", \"granularity\": {granularity}}}")
+        });
+        let text = format!("{{\"trackers\": {{{}}}}}", known.join(", "));
+        self.start
+            .create_dir(&Path::new(DIR).join(".ploop"))
+            .unwrap();
+        let meta = Path::new(DIR).join(".ploop/meta.json");
+        let file = self.start.create(&meta, 0o600).unwrap();
+        file.write_at(text.as_bytes(), 0).unwrap();
+        let disk = self.open(&self.start, true).unwrap();
+        for (id, _) in TRACKERS {
+            disk.clear_tracker(id).unwrap();
+        }
+        disk.close().unwrap();
+        self.tracked = true;
+        self
+    }
+
+    /// The trackers of the disk, as whoever opens it next finds them.
+    pub fn trackers(&self, store: &(impl Store + Clone + 'static)) -> ploop::Result<Vec<Tracker>> {
+        let store: Arc<dyn Store> = Arc::new(store.clone());
+        let file = self.top_file(store.as_ref());
+        Opener::on(store).trackers(Path::new(DIR), file.as_ref())
+    }
+
+    /// The same for runs that never write to `sectors`: no tracker may say that they did.
+    #[must_use]
+    pub fn leaving(mut self, sectors: std::ops::Range<u64>) -> Fixture {
+        self.untouched = sectors;
+        self
+    }
+
+    /// See [`Fixture::leaving`].
+    pub fn untouched(&self) -> std::ops::Range<u64> {
+        self.untouched.clone()
+    }
+
+    /// True for a disk with trackers.
+    pub fn is_tracked(&self) -> bool {
+        self.tracked
+    }
+
+    /// Sectors that are compared.
     pub fn sectors(&self) -> u64 {
-        self.clusters * CLUSTER_SECTORS
+        self.shown * CLUSTER_SECTORS
+    }
+
+    /// Those of an open disk. Error: as [`words_of`], and data behind them.
+    pub fn words(&self, disk: &Disk) -> Result<Vec<u64>, String> {
+        words_within(disk, self.sectors() as usize)
     }
 
     /// True when the start image says that it is closed.
@@ -210,7 +283,11 @@ impl Fixture {
 
 /// Reads a whole disk. Holes are not read. Error: a sector that is no single value.
 pub fn words_of(disk: &Disk) -> Result<Vec<u64>, String> {
-    let mut words = vec![0; (disk.size() / SECTOR) as usize];
+    words_within(disk, (disk.size() / SECTOR) as usize)
+}
+
+fn words_within(disk: &Disk, sectors: usize) -> Result<Vec<u64>, String> {
+    let mut words = vec![0; sectors];
     let mut segments: Vec<Segment> = Vec::new();
     let lease = disk
         .map(0..disk.size(), &mut segments)
@@ -232,8 +309,13 @@ pub fn words_of(disk: &Disk) -> Result<Vec<u64>, String> {
                 .map_err(|e| format!("read: {e}"))?;
             let first = (s.offset + (data.start - offset)) / SECTOR;
             for (sector, bytes) in (first..).zip(buf.chunks(SECTOR as usize)) {
-                words[sector as usize] = uniform(bytes)
+                let word = uniform(bytes)
                     .ok_or_else(|| format!("sector {sector} holds more than one value"))?;
+                match words.get_mut(sector as usize) {
+                    Some(place) => *place = word,
+                    None if word == 0 => {}
+                    None => return Err(format!("sector {sector} has data, behind the end")),
+                }
             }
             at = data.end;
         }
@@ -308,26 +390,7 @@ fn damage(store: &MemoryStore, path: &Path, shape: Shape) {
 }
 
 fn write_descriptor(store: &MemoryStore, clusters: u64, overlay: bool) {
-    let sectors = clusters * CLUSTER_SECTORS;
-    let base = Guid::parse("{11111111-2222-3333-4444-555555555555}").unwrap();
-    let first = if overlay { base } else { Guid::TOP };
-    let mut d =
-        Descriptor::new_single(sectors, CLUSTER_SECTORS as u32, false, first, "root.hds").unwrap();
-    if overlay {
-        let kind = ImageKind::Compressed;
-        d.images.push(Image {
-            guid: Guid::TOP,
-            kind,
-            file: "root.hds.top".into(),
-        });
-        d.shots.push(Shot {
-            guid: Guid::TOP,
-            parent: base,
-            temporary: Temporary::No,
-        });
-        d.top = Guid::TOP;
-    }
-    d.check().unwrap();
+    let d = descriptor(clusters * CLUSTER_SECTORS, CLUSTER_SECTORS as u32, overlay);
     let file = store.create(Path::new(XML), 0o600).unwrap();
     file.write_at(&d.to_xml(), 0).unwrap();
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, RwLock};
 
 use ploop::Result;
 use ploop::error::Error;
-use ploop::store::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
+use ploop::store::{Access, EntryKind, FileSystem, Store, StoreFile};
 
 /// What a call does to what is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,13 +199,7 @@ impl FrontFile {
 }
 
 impl StoreFile for FrontFile {
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-
-    fn id(&self) -> FileId {
-        self.inner.id()
-    }
+    ploop::delegate! { path, id }
 
     fn len(&self) -> Result<u64> {
         self.see("stat", Kind::Look)?;

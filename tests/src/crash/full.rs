@@ -5,13 +5,13 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use ploop::Result;
 use ploop::error::Error;
 use ploop::store::memory::MemoryStore;
-use ploop::store::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
+use ploop::store::{Access, FileId, Space, Store, StoreFile};
 
 const BLOCK: u64 = 4096;
 const ENOSPC: i32 = 28;
@@ -73,6 +73,11 @@ fn span(bytes: &Range<u64>) -> Range<u64> {
 }
 
 impl Store for FullStore {
+    ploop::delegate! {
+        rename, rename_new, hard_link, remove_file, create_dir, remove_dir, sync_dir, file_system,
+        list, kind, resolve,
+    }
+
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn StoreFile>> {
         Ok(self.wrap(self.inner.open(path, access)?))
     }
@@ -81,48 +86,12 @@ impl Store for FullStore {
         Ok(self.wrap(self.inner.create(path, mode)?))
     }
 
-    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
-        self.inner.rename(from, to)
-    }
-
-    fn rename_new(&self, from: &Path, to: &Path) -> Result<()> {
-        self.inner.rename_new(from, to)
-    }
-
-    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
-        self.inner.hard_link(from, to)
-    }
-
-    fn remove_file(&self, path: &Path) -> Result<()> {
-        self.inner.remove_file(path)
-    }
-
-    fn create_dir(&self, path: &Path) -> Result<()> {
-        self.inner.create_dir(path)
-    }
-
-    fn remove_dir(&self, path: &Path) -> Result<()> {
-        self.inner.remove_dir(path)
-    }
-
-    fn sync_dir(&self, path: &Path) -> Result<()> {
-        self.inner.sync_dir(path)
-    }
-
-    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
-        self.inner.file_system(path)
-    }
-
-    fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
-        self.inner.list(path)
-    }
-
-    fn kind(&self, path: &Path) -> Result<Option<EntryKind>> {
-        self.inner.kind(path)
-    }
-
-    fn resolve(&self, path: &Path) -> Result<PathBuf> {
-        self.inner.resolve(path)
+    fn space(&self, _: &Path) -> Result<Option<Space>> {
+        let blocks = self.blocks.lock().unwrap();
+        Ok(Some(Space {
+            total: (blocks.free + blocks.taken.len() as u64) * BLOCK,
+            available: blocks.free * BLOCK,
+        }))
     }
 }
 
@@ -167,30 +136,14 @@ impl FullFile {
 }
 
 impl StoreFile for FullFile {
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-
-    fn id(&self) -> FileId {
-        self.inner.id()
-    }
-
-    fn len(&self) -> Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        self.inner.read_at(buf, offset)
+    ploop::delegate! {
+        path, id, len, read_at, sync, set_mode, next_data, lock_bytes, unlock_bytes, foreign_lock,
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         let (room, done) = self.take(offset, buf.len() as u64);
         self.inner.write_at(&buf[..room as usize], offset)?;
         done
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.inner.sync()
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
@@ -215,25 +168,5 @@ impl StoreFile for FullFile {
         let (_, done) = self.take(offset, len);
         done?;
         self.inner.reserve(offset, len)
-    }
-
-    fn set_mode(&self, mode: u32) -> Result<()> {
-        self.inner.set_mode(mode)
-    }
-
-    fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
-        self.inner.next_data(from, to)
-    }
-
-    fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.lock_bytes(offset, len)
-    }
-
-    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.unlock_bytes(offset, len)
-    }
-
-    fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {
-        self.inner.foreign_lock(offset, len)
     }
 }

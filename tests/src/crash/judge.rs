@@ -16,7 +16,7 @@ use ploop::store::Store;
 use ploop::store::memory::MemoryStore;
 use ploop::verify::{Class, FindingKind, ImageScan, Used, class_of, scan_image};
 
-use super::fixture::{Fixture, words_of};
+use super::fixture::Fixture;
 use super::history::{View, payload, word};
 use super::{CLUSTER_SECTORS, SECTOR};
 
@@ -38,7 +38,7 @@ pub fn judge(fx: &Fixture, view: &View, state: &MemoryStore, depth: Depth) -> Re
     let disk = fx
         .open(state, false)
         .map_err(|e| format!("open read-only: {e}"))?;
-    let words = words_of(&disk)?;
+    let words = fx.words(&disk)?;
     drop(disk);
     view.check(&words)?;
     if !scan.header.dirty()
@@ -54,15 +54,58 @@ pub fn judge(fx: &Fixture, view: &View, state: &MemoryStore, depth: Depth) -> Re
             "it says that it is closed, but its content is not the closed one (sector {sector:?})"
         ));
     }
+    if fx.is_tracked() {
+        tracked(fx, state, &words)?;
+    }
     match depth {
         Depth::Look => Ok(()),
         Depth::Work => work(fx, state, &words, &scan),
     }
 }
 
+/// Whatever reads otherwise than at the start has its bit, in every tracker; where nobody ever
+/// wrote there is none.
+fn tracked(fx: &Fixture, state: &MemoryStore, words: &[u64]) -> Result<(), String> {
+    let trackers = fx.trackers(state).map_err(|e| format!("trackers: {e}"))?;
+    if trackers.len() != 2 {
+        return Err(format!("{} trackers of 2 are there", trackers.len()));
+    }
+    for tracker in trackers {
+        let untouched = fx.untouched();
+        let untouched = untouched.start * SECTOR..untouched.end * SECTOR;
+        if let Some((run, _)) = tracker.bits.runs(untouched).find(|run| run.1) {
+            return Err(format!(
+                "nobody wrote to bytes {run:?}, tracker {} says otherwise",
+                tracker.id
+            ));
+        }
+        for (run, set) in tracker.bits.runs(0..tracker.bits.size()) {
+            let sectors = run.start / SECTOR..run.end.div_ceil(SECTOR);
+            let mut sectors = sectors.take_while(|&s| (s as usize) < words.len());
+            let written = |s: &u64| words[*s as usize] != fx.initial[*s as usize];
+            if !set && let Some(sector) = sectors.find(written) {
+                return Err(format!(
+                    "sector {sector} was written, and its bit is clear in tracker {}",
+                    tracker.id
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn scan(fx: &Fixture, state: &MemoryStore) -> ploop::Result<ImageScan> {
+    let file = fx.top_file(state);
+    match fx.is_tracked() {
+        // Only who knows the extension knows whose the clusters behind the last one are.
+        true => ploop::verify::check_image(file.as_ref()),
+        false => scan_image(file.as_ref()),
+    }
+}
+
 /// The image as a foreign tool finds it.
 fn check_image(fx: &Fixture, view: &View, state: &MemoryStore) -> Result<ImageScan, String> {
-    let scan = scan_image(fx.top_file(state).as_ref()).map_err(|e| format!("check: {e}"))?;
+    let scan = scan(fx, state).map_err(|e| format!("check: {e}"))?;
     if class_of(&scan.findings) == Class::Corrupt {
         return Err(format!("corrupt: {:?}", scan.findings));
     }
@@ -101,14 +144,14 @@ fn work(
     };
     let used = before.used.with(&claimed(fx, state, before)?);
     let disk = fx.open(state, true).map_err(error("open for writing"))?;
-    if words_of(&disk)? != words {
+    if fx.words(&disk)? != words {
         return Err("opened for writing it reads other bytes than read-only".into());
     }
     // One sector in the first cluster that the top has, one in the first that it has not.
     let mut expect = words.to_vec();
     let file = fx.top_file(state);
     let mut has = Vec::new();
-    for slot in 0..fx.clusters {
+    for slot in 0..fx.clusters.min(disk.size() / super::CLUSTER) {
         let mut entry = [0; 4];
         let at = ploop::format::ploop::Header::slot_offset(slot);
         file.read_at(&mut entry, at)
@@ -128,7 +171,7 @@ fn work(
     disk.flush().map_err(error("flush"))?;
     disk.close().map_err(error("close"))?;
     drop(disk);
-    let scan = scan_image(fx.top_file(state).as_ref()).map_err(error("check after close"))?;
+    let scan = scan(fx, state).map_err(error("check after close"))?;
     // A cluster that lost its entry in the crash lies between others until it is used again.
     let was = hole_count(&used);
     let worse = scan
@@ -143,7 +186,7 @@ fn work(
         return Err(format!("{is} free clusters between others, {was} before"));
     }
     let disk = fx.open(state, false).map_err(error("open again"))?;
-    match words_of(&disk)? == expect {
+    match fx.words(&disk)? == expect {
         true => Ok(()),
         false => Err("written, closed and opened again it reads other bytes".into()),
     }

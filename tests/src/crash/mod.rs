@@ -57,25 +57,7 @@ pub const CLUSTER_SECTORS: u64 = CLUSTER / SECTOR;
 /// Bytes of a sector.
 pub const SECTOR: u64 = ploop::store::SECTOR;
 
-/// SplitMix64: enough randomness for choosing operations, and the same everywhere.
-#[derive(Clone, Debug)]
-pub struct Rng(pub u64);
-
-impl Rng {
-    /// The next number.
-    pub fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n`.
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.number() % n
-    }
-}
+pub use ploop_fuzz::rng::Rng;
 
 /// A number from the environment, for longer runs and for repeating one.
 pub fn env(name: &str, default: u64) -> u64 {

@@ -9,13 +9,12 @@
 //! Which change is the last one is known only afterwards, so an early run needs a run before it
 //! that writes them down ([`ReorderingStore::calls`]); both runs must do the same.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use ploop::Result;
 use ploop::store::recording::RecordingStore;
-use ploop::store::{Access, EntryKind, FileId, FileSystem, Store, StoreFile};
+use ploop::store::{Access, FileId, FileSystem, Store, StoreFile};
 
 /// What is done to one sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,6 +192,8 @@ impl ReorderingStore {
 }
 
 impl Store for ReorderingStore {
+    ploop::delegate! { list, kind, resolve }
+
     fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn StoreFile>> {
         Ok(self.wrap(self.inner.open(path, access)?))
     }
@@ -246,18 +247,6 @@ impl Store for ReorderingStore {
         };
         Ok(self.inner.file_system(path)?.map(wrap))
     }
-
-    fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
-        self.inner.list(path)
-    }
-
-    fn kind(&self, path: &Path) -> Result<Option<EntryKind>> {
-        self.inner.kind(path)
-    }
-
-    fn resolve(&self, path: &Path) -> Result<PathBuf> {
-        self.inner.resolve(path)
-    }
 }
 
 #[derive(Debug)]
@@ -289,20 +278,9 @@ impl ReorderingFile {
 }
 
 impl StoreFile for ReorderingFile {
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-
-    fn id(&self) -> FileId {
-        self.inner.id()
-    }
-
-    fn len(&self) -> Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        self.inner.read_at(buf, offset)
+    ploop::delegate! {
+        path, id, len, read_at, reserve, set_mode, next_data, lock_bytes, unlock_bytes,
+        foreign_lock,
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -329,30 +307,6 @@ impl StoreFile for ReorderingFile {
 
     fn zero(&self, offset: u64, len: u64) -> Result<()> {
         self.change(|| self.inner.zero(offset, len))
-    }
-
-    fn reserve(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.reserve(offset, len)
-    }
-
-    fn set_mode(&self, mode: u32) -> Result<()> {
-        self.inner.set_mode(mode)
-    }
-
-    fn next_data(&self, from: u64, to: u64) -> Result<Option<Range<u64>>> {
-        self.inner.next_data(from, to)
-    }
-
-    fn lock_bytes(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.lock_bytes(offset, len)
-    }
-
-    fn unlock_bytes(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.unlock_bytes(offset, len)
-    }
-
-    fn foreign_lock(&self, offset: u64, len: u64) -> Result<bool> {
-        self.inner.foreign_lock(offset, len)
     }
 }
 

@@ -35,6 +35,18 @@ impl fmt::Display for Tally {
     }
 }
 
+impl Tally {
+    /// Prints what was looked at of stories, and panics when they are too long to be looked at whole:
+    /// four points of five must be enumerated without gaps.
+    pub fn report_stories(&self) {
+        println!("{self}");
+        assert!(
+            self.exhaustive * 10 > self.points * 8,
+            "{self}: the stories have grown too long"
+        );
+    }
+}
+
 impl std::ops::AddAssign for Tally {
     fn add_assign(&mut self, other: Tally) {
         self.points += other.points;

@@ -7,9 +7,9 @@ use ploop::device::{Device, ZeroMode};
 use ploop::disk::Disk;
 use ploop::store::Store;
 
-use super::fixture::{Fixture, words_of};
+use super::fixture::Fixture;
 use super::history::{Asked, History, payload};
-use super::{CLUSTER_SECTORS, Rng, SECTOR};
+use super::{CLUSTER, CLUSTER_SECTORS, Rng, SECTOR};
 
 /// One thing that is done. Places and lengths are sectors.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,10 @@ pub enum Step {
     Complete(usize),
     /// A flush.
     Flush,
+    /// The disk is made so many clusters large.
+    Grow(u64),
+    /// The disk gives back what it does not need.
+    Compact,
     /// A clean close; the next step opens the disk again.
     Close,
     /// kill -9; the next process reads everything, and goes on.
@@ -75,9 +79,12 @@ pub fn seeded(seed: u64, count: usize, clusters: u64) -> Vec<Step> {
 /// Clusters of the disk that [`stories`] are for.
 pub const STORY_CLUSTERS: u64 = 24;
 
+/// Clusters of a disk whose table needs a second cluster.
+const GROWN: u64 = (CLUSTER - 64) / 4 + 1;
+
 /// Short runs whose states can nearly all be tried. Each is a story; together they use every sync.
 pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
-    use Step::{Close, Complete, Discard, Flush, Fua, Kill, Write, Zero, ZeroKeep};
+    use Step::{Close, Compact, Complete, Discard, Flush, Fua, Grow, Kill, Write, Zero, ZeroKeep};
     let c = CLUSTER_SECTORS;
     vec![
         ("write, close", vec![Write(4 * c + 1, 2), Close]),
@@ -205,6 +212,32 @@ pub fn stories() -> Vec<(&'static str, Vec<Step>)> {
             steps
         }),
         (
+            "grown, so that data is in the table's way",
+            vec![
+                Write(4 * c, 1),
+                Write(c + 9, 1),
+                Flush,
+                Grow(GROWN),
+                Write(c + 9, 1),
+                Close,
+            ],
+        ),
+        (
+            "zeros and holes given back, the last cluster moved",
+            vec![
+                Write(4 * c, c),
+                Write(6 * c, c),
+                Write(8 * c, 5),
+                Flush,
+                ZeroKeep(4 * c, c),
+                Discard(c, c),
+                Compact,
+                Write(8 * c, 1),
+                Flush,
+                Close,
+            ],
+        ),
+        (
             "killed, then only closed",
             vec![Write(4 * c, 1), Flush, Write(4 * c, 1), Kill, Close],
         ),
@@ -257,11 +290,24 @@ impl<'a> Runner<'a> {
 
     /// One step. An error is the disk's own.
     pub fn step(&mut self, step: &Step) -> Result<()> {
-        let history = self.history;
+        let (fixture, history) = (self.fixture, self.history);
         let asked = |&(at, len): &(u64, u64)| at..at + len;
         match step {
             Step::Kill => return self.kill(),
             Step::Close => return self.close(),
+            Step::Grow(clusters) => return self.grow(*clusters),
+            Step::Compact => {
+                let history = self.history;
+                let disk = self.disk()?;
+                // A change that changes no sector.
+                let id = history.begin(Asked::Discard(0..0), false);
+                let done = {
+                    let _arranging = disk.arrange();
+                    disk.compact()
+                };
+                history.saw_discard(id, Vec::new());
+                return self.answer(id, done.map(drop));
+            }
             Step::Complete(limit) => return self.disk()?.complete(u64::MAX, *limit),
             _ => {}
         }
@@ -290,10 +336,10 @@ impl<'a> Runner<'a> {
                 (id, disk.zero(at * SECTOR..(at + len) * SECTOR, mode))
             }
             Step::Discard(at, len) => {
-                let before = words_of(disk);
+                let before = fixture.words(disk);
                 let id = history.begin(Asked::Discard(asked(&(*at, *len))), false);
                 let done = disk.discard(at * SECTOR..(at + len) * SECTOR);
-                if let (Ok(before), Ok(after)) = (before, words_of(disk)) {
+                if let (Ok(before), Ok(after)) = (before, fixture.words(disk)) {
                     let zeroed = (*at..at + len).filter(|&s| {
                         let (was, is) = (before[s as usize], after[s as usize]);
                         assert!(
@@ -331,8 +377,9 @@ impl<'a> Runner<'a> {
     }
 
     fn close(&mut self) -> Result<()> {
+        let fixture = self.fixture;
         let disk = self.disk()?;
-        let words = words_of(disk).ok().map(Arc::new);
+        let words = fixture.words(disk).ok().map(Arc::new);
         let words = words.filter(|_| self.trust_cache);
         let id = self.history.begin(Asked::Close(words), false);
         let closed = self.disk()?.close();
@@ -344,13 +391,27 @@ impl<'a> Runner<'a> {
         done
     }
 
+    /// Grows the disk: the image is closed by that, as it is.
+    fn grow(&mut self, clusters: u64) -> Result<()> {
+        let (fixture, history) = (self.fixture, self.history);
+        let disk = self.disk()?;
+        let words = fixture.words(disk).ok().map(Arc::new);
+        let id = history.begin(Asked::Close(words), false);
+        let grown = {
+            let _arranging = disk.arrange();
+            disk.grow(clusters * CLUSTER)
+        };
+        self.answer(id, grown.map(drop))
+    }
+
     /// Forgets the disk as kill -9 does; another process opens it and looks at everything.
     fn kill(&mut self) -> Result<()> {
         self.disk = None;
         self.history.death();
+        let fixture = self.fixture;
         let disk = self.disk()?;
         // A read may fail once, on purpose.
-        let words = words_of(disk).or_else(|_| words_of(disk));
+        let words = fixture.words(disk).or_else(|_| fixture.words(disk));
         let words = words.unwrap_or_else(|e| panic!("after kill -9: {e}"));
         if let Err(e) = self.history.view(usize::MAX).check(&words) {
             panic!("after kill -9 on {}: {e}", self.fixture.name);

@@ -1,10 +1,10 @@
 //! Every file of a directory, byte for byte; directories of ours that hold none do not count.
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 
-use ploop::store::memory::MemoryStore;
-use ploop::store::{Access, EntryKind, RealStore, Store, StoreFile, read_or_zero};
+use ploop::store::{Access, RealStore, StoreFile, read_or_zero};
 use sha2::{Digest, Sha256};
 
 use crate::corpus::hex;
@@ -32,40 +32,31 @@ pub fn digest(file: &dyn StoreFile) -> String {
     hex(hash)
 }
 
-/// The files below `dir`, without the lock of a disk.
-pub fn state(dir: &Path) -> State {
-    let store = RealStore::shared();
-    let mut out = State::new();
+/// Everything below `dir`; links are not followed.
+pub fn walk(dir: &Path) -> Vec<(PathBuf, Metadata)> {
+    let mut out = Vec::new();
     let mut todo = vec![dir.to_path_buf()];
     while let Some(dir) = todo.pop() {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let meta = std::fs::symlink_metadata(&path).unwrap();
             if meta.is_dir() {
-                todo.push(path);
-            } else if meta.is_file() && !path.ends_with(".ploop/lock") {
-                let file = store.open(&path, Access::Read).unwrap();
-                out.insert(path, (meta.len(), digest(file.as_ref())));
+                todo.push(path.clone());
             }
+            out.push((path, meta));
         }
     }
     out
 }
 
-/// The same of `/d` in a store in memory.
-pub fn files(store: &MemoryStore) -> State {
+/// The files below `dir`, without the lock of a disk.
+pub fn state(dir: &Path) -> State {
+    let store = RealStore::shared();
     let mut out = State::new();
-    let mut todo = vec![PathBuf::from("/d")];
-    while let Some(dir) = todo.pop() {
-        for name in store.list(&dir).unwrap() {
-            let path = dir.join(name);
-            match store.kind(&path).unwrap() {
-                Some(EntryKind::Dir) => todo.push(path),
-                _ => {
-                    let file = store.open(&path, Access::Read).unwrap();
-                    out.insert(path, (file.len().unwrap(), digest(file.as_ref())));
-                }
-            }
+    for (path, meta) in walk(dir) {
+        if meta.is_file() && !path.ends_with(".ploop/lock") {
+            let file = store.open(&path, Access::Read).unwrap();
+            out.insert(path, (meta.len(), digest(file.as_ref())));
         }
     }
     out

@@ -72,7 +72,7 @@ fn odd_number(p: &Patient<'_>, rng: &mut Rng) -> u32 {
         0 => 0,
         1 => 1,
         2 => u32::MAX,
-        3 => rng.number() as u32,
+        3 => rng.bits() as u32,
         4 => clusters,
         5 => clusters + 1,
         6 => clusters.saturating_sub(1),

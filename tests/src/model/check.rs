@@ -11,7 +11,7 @@ use ploop::store::Access;
 use ploop::verify::Class;
 use snapshots::place::Place;
 use snapshots::remove::remove_container;
-use snapshots::{meta::Meta, tree};
+use snapshots::{diff, meta::Meta, tree};
 
 use super::data::{self, read};
 use super::oracle::Sectors;
@@ -20,6 +20,24 @@ use crate::tools::{run, tool};
 
 fn differ(what: &str, found: &Sectors, expected: &Sectors) -> Done {
     data::differ(found, expected).map_err(|e| Failure(format!("{what}: {e}")))
+}
+
+/// Where two nodes differ their maps say so.
+fn differences(name: &str, a: (&Disk, &Sectors), b: (&Disk, &Sectors)) -> Done {
+    let mut found = Vec::new();
+    diff::between(a.0, b.0, &mut |extent| {
+        found.push(extent);
+        Ok(())
+    })?;
+    for (sector, (x, y)) in a.1.iter().zip(b.1).enumerate() {
+        let byte = data::byte(sector);
+        let at = found.partition_point(|e: &std::ops::Range<u64>| e.end <= byte);
+        ensure!(
+            x == y || found.get(at).is_some_and(|e| e.contains(&byte)),
+            "{name}: sector {sector} is {x} and {y}, and no extent of {found:?}"
+        );
+    }
+    Ok(())
 }
 
 impl World {
@@ -218,6 +236,7 @@ impl World {
 
     /// All nodes of all containers, and what lies about.
     pub(super) fn everything(&mut self) -> Done {
+        let mut compared = 0;
         for (name, ct) in &self.cts {
             self.shape(name)?;
             self.listed(name)?;
@@ -227,7 +246,20 @@ impl World {
             for node in &ct.nodes {
                 open.push(self.compare_and_keep(name, Some(node.guid))?);
             }
+            let shown = ct.nodes.iter().map(|n| &n.sectors);
+            let mut shown: Vec<(&Disk, &Sectors)> = (open.iter().zip(shown))
+                .filter_map(|(disk, sectors)| Some((disk.as_ref()?, sectors)))
+                .collect();
+            if let Some(disk) = self.disks.get(name) {
+                shown.push((disk.as_ref(), &ct.top));
+                shown.rotate_right(1);
+            }
+            for pair in shown.windows(2) {
+                differences(name, pair[0], pair[1])?;
+                compared += 1;
+            }
         }
+        *self.tally.0.entry("compared by maps").or_default() += compared;
         for held in &self.held {
             self.compare_held(held)?;
         }

@@ -19,7 +19,7 @@ fn range(at: u16, len: u16) -> Range<usize> {
 }
 
 /// The first byte of the disk that a sector of the model is.
-fn byte(sector: usize) -> u64 {
+pub(super) fn byte(sector: usize) -> u64 {
     let window = sector / WINDOW;
     (WINDOWS[window] * CLUSTER + sector % WINDOW) as u64 * SECTOR
 }

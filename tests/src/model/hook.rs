@@ -1,12 +1,12 @@
 //! A store that tells when a descriptor is put in force: what a client reads and writes in the
 //! middle of an operation, without a second thread.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::Result;
-use ploop::store::{Access, EntryKind, FileSystem, Store, StoreFile};
+use ploop::store::Store;
 
 type Call = Box<dyn FnMut() + Send>;
 
@@ -59,58 +59,15 @@ impl Hooked {
 }
 
 impl Store for Hooked {
+    ploop::delegate! {
+        open, create, rename_new, hard_link, remove_file, create_dir, remove_dir, sync_dir,
+        file_system, list, kind, resolve,
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         if to.file_name().is_some_and(|n| n == DESCRIPTOR) {
             self.hook.call();
         }
         self.inner.rename(from, to)
-    }
-
-    fn open(&self, path: &Path, access: Access) -> Result<Arc<dyn StoreFile>> {
-        self.inner.open(path, access)
-    }
-
-    fn create(&self, path: &Path, mode: u32) -> Result<Arc<dyn StoreFile>> {
-        self.inner.create(path, mode)
-    }
-
-    fn rename_new(&self, from: &Path, to: &Path) -> Result<()> {
-        self.inner.rename_new(from, to)
-    }
-
-    fn hard_link(&self, from: &Path, to: &Path) -> Result<()> {
-        self.inner.hard_link(from, to)
-    }
-
-    fn remove_file(&self, path: &Path) -> Result<()> {
-        self.inner.remove_file(path)
-    }
-
-    fn create_dir(&self, path: &Path) -> Result<()> {
-        self.inner.create_dir(path)
-    }
-
-    fn remove_dir(&self, path: &Path) -> Result<()> {
-        self.inner.remove_dir(path)
-    }
-
-    fn sync_dir(&self, path: &Path) -> Result<()> {
-        self.inner.sync_dir(path)
-    }
-
-    fn file_system(&self, path: &Path) -> Result<Option<Box<dyn FileSystem>>> {
-        self.inner.file_system(path)
-    }
-
-    fn list(&self, path: &Path) -> Result<Vec<PathBuf>> {
-        self.inner.list(path)
-    }
-
-    fn kind(&self, path: &Path) -> Result<Option<EntryKind>> {
-        self.inner.kind(path)
-    }
-
-    fn resolve(&self, path: &Path) -> Result<PathBuf> {
-        self.inner.resolve(path)
     }
 }

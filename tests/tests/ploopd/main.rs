@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod diff;
 mod jobs;
 
 use std::process::Output;
@@ -206,6 +207,39 @@ fn a_switch_of_a_disk_in_use_names_the_client_or_ends_it() {
     assert_eq!(daemon.open(&kept.unwrap()).read(0, 4096), [2; 4096]);
     other.write(0, &[3; 4096]);
     daemon.stop();
+}
+
+/// Goal: nobody is told that a disk is in use by a client that has hung up, or by the service itself.
+/// Method: clients that leave without a word, with unflushed data that closing the disk must move, and
+/// at once what needs the disk for itself.
+#[test]
+fn who_has_hung_up_is_in_nobodys_way() {
+    let rig = Rig::new();
+    rig.small_template("t", &["ct"]);
+    let daemon = Daemon::start(&rig);
+    take(&daemon.api(), "ct", "s");
+    for round in 0..20u8 {
+        for (i, what) in [
+            &["set", "ct", "--quota", "1G"][..],
+            &["snapshot", "switch", "ct", "s"],
+            &["set", "ct", "--iops", "100000"],
+            &["snapshot", "describe", "ct", "s", "said"],
+            &["compact", "ct"],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut client = daemon.open("ct");
+            client.write(u64::from(round) << 20, &vec![i as u8 + 1; 2 << 20]);
+            drop(client);
+            rig.run(what);
+        }
+    }
+    let client = daemon.open("ct@s");
+    drop(client);
+    rig.run(["snapshot", "delete", "ct", "s"]);
+    daemon.stop();
+    assert!(rig.run(["check", "ct"]).contains("clean"));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 mod coherence;
 mod commands;
+mod contexts;
 mod endings;
 mod hostile;
 mod options;

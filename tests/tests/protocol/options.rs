@@ -27,8 +27,8 @@ refused(errno.ENOENT, h.opt_go)
 
 contexts = []
 h.set_export_name('a')
-assert h.opt_list_meta_context(contexts.append) == 1
-assert contexts == ['base:allocation'], contexts
+assert h.opt_list_meta_context(contexts.append) == 2
+assert contexts == ['base:allocation', 'qemu:allocation-depth'], contexts
 h.add_meta_context('base:')
 assert h.opt_list_meta_context(contexts.append) == 1
 h.clear_meta_contexts()
@@ -200,8 +200,8 @@ fn meta_contexts_need_structured_replies_and_the_exports_own_name() {
     assert_eq!(other[0].0, answer::ERR_UNKNOWN);
     let listed = ask(&mut client, opt::LIST_META_CONTEXT, &request("disk", &[]));
     assert_eq!(
-        (listed.len(), &listed[0].1[4..]),
-        (2, &b"base:allocation"[..])
+        (listed.len(), &listed[0].1[4..], &listed[1].1[4..]),
+        (3, &b"base:allocation"[..], &b"qemu:allocation-depth"[..])
     );
     client.go("disk").unwrap();
     server.stop();

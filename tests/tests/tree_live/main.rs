@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod check;
 mod fio;
 mod writer;
 

@@ -2,12 +2,18 @@
 //!
 //! ```text
 //!  live       snapshot, delete, merge, clone from a snapshot    on the disk that clients use
-//!  alone      switch, remove                                    behind its closed door
+//!  alone      switch, resize, remove                            behind its closed door
 //!  neither    list, tree, describe                              on what is in the files
 //! ```
 //!
 //! One long job works on a container at a time; the next waits for it.
 
+mod backup;
+mod compact;
+mod limits;
+mod quota;
+mod resize;
+mod tracker;
 mod work;
 
 use std::collections::HashSet;
@@ -23,14 +29,16 @@ use snapshots::merge::Progress;
 use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot, Taken};
 use snapshots::switch::SwitchOptions;
-use snapshots::{Root, list, remove, rename, share, switch, template, tree};
+use snapshots::{Root, check, list, remove, rename, share, switch, template, tree};
 
 use crate::control::jobs::{Ended, JobHandle, Jobs};
 use crate::control::metrics::Meter;
 use crate::control::model::{
-    Container, CreateContainers, CreatedContainer, Export, ExportKind, GroupSnapshot, GrownLayer,
-    Merge, Node, Removed, Rename, Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched,
-    Template, Tree,
+    Backup, BackupRun, BackupStart, Checked, Compact, Container, CreateContainers,
+    CreatedContainer, DiskSpace, Export, ExportKind, GroupSnapshot, GrownLayer, Limits,
+    LimitsChange, Merge, Node, Quota, QuotaChange, QuotaNow, Removed, Rename, Resize, Snapshot,
+    SnapshotCreate, SnapshotTaken, Space, Switch, Switched, Template, Tracker, TrackerChange,
+    TrackerStart, Tree,
 };
 use crate::control::ops::Operations;
 use crate::export::disks::{Door, OpenDisk, TEMPLATE};
@@ -173,13 +181,104 @@ impl Operations for Steward {
 
     fn remove_container(&self, container: &str, force: bool) -> Result<Removed> {
         let root = self.root()?;
-        let _alone = self.alone(container, force)?;
+        let _alone = self.alone(container, Some(force))?;
         let freed = self.container(container).ok().map(|c| c.data);
         remove::remove_container(root, container)?;
+        self.disks().throttle().forget(container);
         Ok(Removed {
             name: container.to_owned(),
             freed,
         })
+    }
+
+    fn check(&self, container: &str) -> Result<Checked> {
+        let place = self.disks().place(container)?;
+        let _working = self.turn_free(container)?;
+        // Opened for this, it would be written to.
+        let report = match self.disks().open_disk(container) {
+            Some(disk) if !self.disks().read_only() => {
+                let live = Live {
+                    place: &place,
+                    disk: disk.disk(),
+                };
+                check::check(live)?
+            }
+            _ => fsck::check(
+                place.opener(),
+                &place.source(None),
+                &place.open_options(false),
+            )?,
+        };
+        Ok(report.into())
+    }
+
+    fn quota(&self, container: &str) -> Result<Quota> {
+        self.quota_of(container)
+    }
+
+    fn quotas(&self) -> Vec<QuotaNow> {
+        self.quotas_now()
+    }
+
+    fn quota_change(&self, container: &str, request: &QuotaChange) -> Result<Quota> {
+        self.set_quota(container, request)
+    }
+
+    fn trackers(&self, container: &str) -> Result<Vec<Tracker>> {
+        self.trackers_of(container)
+    }
+
+    fn tracker_start(&self, container: &str, request: &TrackerStart) -> Result<Tracker> {
+        self.start_tracker(container, request)
+    }
+
+    fn tracker_change(
+        &self,
+        container: &str,
+        tracker: &str,
+        change: &TrackerChange,
+    ) -> Result<Tracker> {
+        self.change_tracker(container, tracker, change)
+    }
+
+    fn backups(&self, container: &str) -> Result<Vec<Backup>> {
+        self.backups_of(container)
+    }
+
+    fn backup_begin(&self, container: &str, request: &BackupStart) -> Result<Backup> {
+        self.begin_backup(container, request)
+    }
+
+    fn backup_run(
+        &self,
+        container: &str,
+        backup: &str,
+        request: &BackupRun,
+        job: &JobHandle,
+    ) -> Result<Ended> {
+        self.run_backup(container, backup, request, job)
+    }
+
+    fn backup_abandon(&self, container: &str, backup: &str, job: &JobHandle) -> Result<Ended> {
+        self.abandon_backup(container, backup, job)
+    }
+
+    fn limits(&self, container: &str) -> Result<Limits> {
+        self.limits_of(container)
+    }
+
+    fn limits_change(&self, container: &str, request: &LimitsChange) -> Result<Limits> {
+        self.set_limits(container, request)
+    }
+
+    fn space(&self) -> Option<Space> {
+        self.disks().space().map(|space| space.as_ref().into())
+    }
+
+    fn all_limits(&self) -> (Vec<Limits>, (u64, u64)) {
+        let throttle = self.disks().throttle();
+        let all = throttle.all().into_iter().map(Limits::from);
+        (all.collect(), throttle.store())
     }
 
     fn tree(&self, container: &str) -> Result<Tree> {
@@ -212,7 +311,7 @@ impl Operations for Steward {
             guid: None,
         };
         if snapshot::is_over_raw(&place)? {
-            let _alone = self.alone(container, false)?;
+            let _alone = self.alone(container, None)?;
             return snapshot::take_offline(&place, &new).map(|t| self.taken(t));
         }
         let disk = self.disks().live(container)?;
@@ -260,15 +359,9 @@ impl Operations for Steward {
     ) -> Result<Snapshot> {
         let (place, node) = self.node(container, snapshot)?;
         let (name, text) = (request.name.as_deref(), request.description.as_deref());
-        // Whoever has the disk open changes its metadata too.
-        if self.disks().is_open(container) {
-            let disk = self.disks().live(container)?;
-            let _arranging = disk.disk().arrange();
-            rename::describe(&place, node, name, text)?;
-        } else {
-            let _held = place.lock()?;
-            rename::describe(&place, node, name, text)?;
-        }
+        self.as_it_is(container, |place, _| {
+            rename::describe(place, node, name, text)
+        })?;
         let guid = node.to_string();
         let found = tree::list(&place)?.into_iter().find(|s| s.guid == guid);
         found
@@ -319,7 +412,7 @@ impl Operations for Steward {
             );
             return Err(Error::invalid(what).on(place.dir()));
         }
-        let (_door, _working, ended) = self.alone(container, request.force)?;
+        let (_door, _working, ended) = self.alone(container, Some(request.force))?;
         let options = SwitchOptions {
             to: request.snapshot.clone(),
             discard: request.discard,
@@ -333,6 +426,10 @@ impl Operations for Steward {
             ended: ended as u64,
             note: Some(switched.notes.join("; ")).filter(|n| !n.is_empty()),
         })
+    }
+
+    fn resize(&self, container: &str, request: &Resize, job: &JobHandle) -> Result<Ended> {
+        self.resize_now(container, request, job)
     }
 
     fn merge(&self, container: &str, request: &Merge, job: &JobHandle) -> Result<Ended> {
@@ -371,6 +468,14 @@ impl Operations for Steward {
             return Ok(Ended::Cancelled);
         };
         self.run(container, job, None)
+    }
+
+    fn disk_space(&self, container: &str) -> Result<DiskSpace> {
+        self.space_of(container)
+    }
+
+    fn compact(&self, container: &str, request: &Compact, job: &JobHandle) -> Result<Ended> {
+        self.compact_now(container, request, job)
     }
 
     fn templates(&self) -> Result<Vec<Template>> {

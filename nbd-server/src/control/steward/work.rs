@@ -36,6 +36,14 @@ impl Steward {
         })
     }
 
+    /// Keeps jobs from a container. Error: `InUse` while one works on it.
+    pub(super) fn turn_free(&self, container: &str) -> Result<Working> {
+        self.work_on(container).ok_or_else(|| {
+            Error::new(Kind::InUse, format!("a job works on {container}"))
+                .fix("Wait for it, or cancel it: `ploop jobs` shows it")
+        })
+    }
+
     /// Waits for the job before; `None` when this one is cancelled meanwhile.
     pub(super) fn turn(&self, container: &str, job: &JobHandle) -> Option<Working> {
         while !job.cancelled() {
@@ -47,27 +55,36 @@ impl Steward {
         None
     }
 
-    /// Has a container's live disk for itself: nobody opens it until the result is dropped.
-    /// Returns how many connections were ended. Error: `InUse`, with who uses it.
-    pub(super) fn alone(&self, container: &str, force: bool) -> Result<(Door, Working, usize)> {
+    /// Has a container's live disk for itself: nobody opens it until the result is dropped. `force`:
+    /// whether connections are ended for it; `None` where nobody can ask for that. Returns how many
+    /// were. Error: `InUse`, with who uses it.
+    pub(super) fn alone(
+        &self,
+        container: &str,
+        force: Option<bool>,
+    ) -> Result<(Door, Working, usize)> {
+        if self.disks().is_kept_open() {
+            let what = format!("{container} is open here as long as it is served");
+            return Err(Error::new(Kind::InUse, what)
+                .on(self.disks().place(container)?.dir())
+                .fix("Stop the service that has it, and run the command again"));
+        }
         let door = self.disks().close_door(container);
-        let working = self.work_on(container).ok_or_else(|| {
-            Error::new(Kind::InUse, format!("a job works on {container}"))
-                .fix("Wait for it, or cancel it: `ploop jobs` shows it")
-        })?;
-        let connected = self.parts.connections.list();
-        let peers: Vec<_> = connected
-            .into_iter()
-            .filter(|c| c.export == container)
-            .map(|c| c.peer)
-            .collect();
+        let working = self.turn_free(container)?;
+        let using = |export: &str| export == container;
+        let connected = self.parts.connections.staying(using, LET_GO);
+        let peers: Vec<_> = connected.into_iter().map(|c| c.peer).collect();
         let mut ended = 0;
         if !peers.is_empty() {
-            if !force {
+            if force != Some(true) {
                 let what = format!("{container} is in use by {}", peers.join(", "));
+                let fix = match force {
+                    Some(_) => "Disconnect it there, or end these connections with --force",
+                    None => "Disconnect it there first: this is done while nobody uses it",
+                };
                 return Err(Error::new(Kind::InUse, what)
                     .on(self.disks().place(container)?.dir())
-                    .fix("Disconnect it there, or end these connections with --force"));
+                    .fix(fix));
             }
             ended = self.parts.connections.end(container, LET_GO)?;
         }
@@ -77,6 +94,33 @@ impl Steward {
             return Err(Error::new(Kind::InUse, what).fix("Try again"));
         }
         Ok((door, working, ended))
+    }
+
+    /// Changes what is stored beside a container's disk, with the disk where it is open for writing
+    /// here, else under its lock; nobody opens or closes it meanwhile.
+    pub(super) fn as_it_is<T>(
+        &self,
+        container: &str,
+        change: impl FnOnce(&Place<'_>, Option<&OpenDisk>) -> Result<T>,
+    ) -> Result<T> {
+        let place = self.disks().place(container)?;
+        let open = || {
+            let disk = self.disks().open_disk(container);
+            disk.filter(|_| !self.disks().read_only())
+        };
+        let door = self.disks().close_door(container);
+        match open() {
+            // Whoever has the disk open changes its metadata too.
+            Some(disk) => {
+                drop(door);
+                let _arranging = disk.disk().arrange();
+                change(&place, Some(&disk))
+            }
+            None => {
+                let _held = place.lock()?;
+                change(&place, None)
+            }
+        }
     }
 
     /// Refuses what would take the ground from under a client of a snapshot's export: the removal
@@ -108,11 +152,11 @@ impl Steward {
                     .and_then(|e| e.strip_prefix('@'));
                 text.is_some_and(|t| place.find(&d, &meta, t).map_or(true, |g| g == open))
             };
-            let connected = self.parts.connections.list().into_iter();
-            let peers: Vec<_> = connected
-                .filter(|c| is_it(&c.export))
-                .map(|c| c.peer)
-                .collect();
+            let connected = self.parts.connections.staying(is_it, LET_GO);
+            let peers: Vec<_> = connected.into_iter().map(|c| c.peer).collect();
+            if peers.is_empty() && self.closes(place, open) {
+                continue;
+            }
             let to = match peers.is_empty() {
                 true => "a client that is just leaving".to_owned(),
                 false => peers.join(", "),
@@ -121,6 +165,18 @@ impl Steward {
             return Err(Error::new(Kind::InUse, what).fix("Disconnect it there first"));
         }
         Ok(())
+    }
+
+    /// Waits for a snapshot's disk that nobody uses any more to be closed; whether it was in time.
+    fn closes(&self, place: &Place<'_>, snapshot: Guid) -> bool {
+        let deadline = Instant::now() + LET_GO;
+        while self.disks().open_snapshots(place).contains(&snapshot) {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        true
     }
 
     /// Whether every member of a group has its snapshot.
@@ -175,12 +231,7 @@ impl Steward {
         job: &JobHandle,
         rate: Option<u64>,
     ) -> Result<Ended> {
-        let watch = Throttle {
-            job,
-            rate,
-            start: Instant::now(),
-            moved: Mutex::default(),
-        };
+        let watch = Throttle::new(job, rate);
         let live = Live {
             place,
             disk: disk.disk(),
@@ -223,11 +274,23 @@ impl Steward {
 }
 
 /// Holds a rate, and stops where the job is told to.
-struct Throttle<'a> {
+pub(super) struct Throttle<'a> {
     job: &'a JobHandle,
     rate: Option<u64>,
     start: Instant,
     moved: Mutex<u64>,
+}
+
+impl<'a> Throttle<'a> {
+    /// For `job`, at `rate` bytes per second; 0 is none.
+    pub(super) fn new(job: &'a JobHandle, rate: Option<u64>) -> Throttle<'a> {
+        Throttle {
+            job,
+            rate,
+            start: Instant::now(),
+            moved: Mutex::default(),
+        }
+    }
 }
 
 impl Watch for Throttle<'_> {

@@ -146,6 +146,115 @@ impl Operations for Fake {
         })
     }
 
+    fn check(&self, container: &str) -> Result<Checked> {
+        check(container)?;
+        Ok(Checked {
+            class: "clean".into(),
+            ..Checked::default()
+        })
+    }
+
+    fn quota(&self, container: &str) -> Result<Quota> {
+        self.quota_change(container, &QuotaChange::default())
+    }
+
+    fn quota_change(&self, container: &str, request: &QuotaChange) -> Result<Quota> {
+        check(container)?;
+        Ok(Quota {
+            container: container.into(),
+            quota: request.quota,
+            ..Quota::default()
+        })
+    }
+
+    fn quotas(&self) -> Vec<QuotaNow> {
+        vec![QuotaNow {
+            container: "ct".into(),
+            charged: 4096,
+            quota: 8192,
+            refused: 3,
+        }]
+    }
+
+    fn trackers(&self, container: &str) -> Result<Vec<Tracker>> {
+        check(container)?;
+        Ok(vec![Tracker::default()])
+    }
+
+    fn tracker_start(&self, container: &str, request: &TrackerStart) -> Result<Tracker> {
+        check(container)?;
+        Ok(Tracker {
+            name: request.name.clone(),
+            granularity: request.granularity.unwrap_or(5),
+            ..Tracker::default()
+        })
+    }
+
+    fn tracker_change(&self, container: &str, tracker: &str, _: &TrackerChange) -> Result<Tracker> {
+        check(container)?;
+        Ok(Tracker {
+            name: tracker.into(),
+            ..Tracker::default()
+        })
+    }
+
+    fn backups(&self, container: &str) -> Result<Vec<Backup>> {
+        check(container)?;
+        Ok(vec![Backup::default()])
+    }
+
+    fn backup_begin(&self, container: &str, request: &BackupStart) -> Result<Backup> {
+        check(container)?;
+        Ok(Backup {
+            target: request.target.clone(),
+            ..Backup::default()
+        })
+    }
+
+    fn backup_run(&self, container: &str, _: &str, _: &BackupRun, _: &JobHandle) -> Result<Ended> {
+        check(container)?;
+        Ok(Ended::Done("copied".into()))
+    }
+
+    fn backup_abandon(&self, container: &str, _: &str, _: &JobHandle) -> Result<Ended> {
+        check(container)?;
+        Ok(Ended::Done("dropped".into()))
+    }
+
+    fn limits(&self, container: &str) -> Result<Limits> {
+        self.limits_change(container, &LimitsChange::default())
+    }
+
+    fn limits_change(&self, container: &str, request: &LimitsChange) -> Result<Limits> {
+        check(container)?;
+        Ok(Limits {
+            container: container.into(),
+            iops: request.iops.unwrap_or(0),
+            ..Limits::default()
+        })
+    }
+
+    fn space(&self) -> Option<Space> {
+        Some(Space {
+            level: "low".into(),
+            free: 9,
+            waiting: 3,
+            reserve_given: 4,
+            ..Space::default()
+        })
+    }
+
+    fn all_limits(&self) -> (Vec<Limits>, (u64, u64)) {
+        let limited = Limits {
+            container: "ct".into(),
+            write_bps: 5,
+            throttled_requests: 2,
+            throttled_seconds: 0.5,
+            ..Limits::default()
+        };
+        (vec![limited, Limits::default()], (0, 7))
+    }
+
     fn tree(&self, container: &str) -> Result<Tree> {
         check(container)?;
         let nodes = match container {
@@ -196,6 +305,15 @@ impl Operations for Fake {
         })
     }
 
+    fn resize(&self, container: &str, r: &Resize, job: &JobHandle) -> Result<Ended> {
+        check(container)?;
+        job.resized(Resized {
+            size: r.size,
+            ..Resized::default()
+        });
+        Ok(Ended::Done("resized".into()))
+    }
+
     fn merge(&self, container: &str, _: &Merge, job: &JobHandle) -> Result<Ended> {
         check(container)?;
         let mut done = 0;
@@ -214,6 +332,19 @@ impl Operations for Fake {
     fn go_on(&self, container: &str, _: &JobHandle) -> Result<Ended> {
         check(container)?;
         Ok(Ended::Done("went on".into()))
+    }
+
+    fn disk_space(&self, container: &str) -> Result<DiskSpace> {
+        check(container)?;
+        Ok(DiskSpace {
+            container: container.to_owned(),
+            ..DiskSpace::default()
+        })
+    }
+
+    fn compact(&self, container: &str, _: &Compact, _: &JobHandle) -> Result<Ended> {
+        check(container)?;
+        Ok(Ended::Done("compacted".into()))
     }
 
     fn templates(&self) -> Result<Vec<Template>> {

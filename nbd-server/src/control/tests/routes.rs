@@ -9,6 +9,7 @@ use super::*;
 /// Method, path in the description, path asked for, body, status.
 const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
     ("get", "/v1/info", "/v1/info", "", 200),
+    ("get", "/v1/space", "/v1/space", "", 200),
     ("get", "/v1/exports", "/v1/exports", "", 200),
     ("get", "/v1/connections", "/v1/connections", "", 200),
     (
@@ -43,6 +44,42 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
         "/v1/containers/{name}",
         "/v1/containers/a?force=true",
         "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/check",
+        "/v1/containers/a/check",
+        "null",
+        200,
+    ),
+    (
+        "get",
+        "/v1/containers/{name}/quota",
+        "/v1/containers/a/quota",
+        "",
+        200,
+    ),
+    (
+        "patch",
+        "/v1/containers/{name}/quota",
+        "/v1/containers/a/quota",
+        r#"{"quota":5}"#,
+        200,
+    ),
+    ("get", "/v1/quotas", "/v1/quotas", "", 200),
+    (
+        "get",
+        "/v1/containers/{name}/limits",
+        "/v1/containers/a/limits",
+        "",
+        200,
+    ),
+    (
+        "patch",
+        "/v1/containers/{name}/limits",
+        "/v1/containers/a/limits",
+        r#"{"iops":5}"#,
         200,
     ),
     (
@@ -88,10 +125,94 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
         200,
     ),
     (
+        "get",
+        "/v1/containers/{name}/space",
+        "/v1/containers/a/space",
+        "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/compact",
+        "/v1/containers/a/compact",
+        r#"{"dry_run":true}"#,
+        202,
+    ),
+    (
+        "get",
+        "/v1/containers/{name}/trackers",
+        "/v1/containers/a/trackers",
+        "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/trackers",
+        "/v1/containers/a/trackers",
+        r#"{"name":"t"}"#,
+        201,
+    ),
+    (
+        "delete",
+        "/v1/containers/{name}/trackers/{tracker}",
+        "/v1/containers/a/trackers/t",
+        "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/trackers/{tracker}/clear",
+        "/v1/containers/a/trackers/t/clear",
+        "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/trackers/{tracker}/merge",
+        "/v1/containers/a/trackers/t/merge",
+        r#"{"from":"u"}"#,
+        200,
+    ),
+    (
+        "get",
+        "/v1/containers/{name}/backups",
+        "/v1/containers/a/backups",
+        "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/backups",
+        "/v1/containers/a/backups",
+        r#"{"target":"/t"}"#,
+        201,
+    ),
+    (
+        "delete",
+        "/v1/containers/{name}/backups/{backup}",
+        "/v1/containers/a/backups/b",
+        "",
+        202,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/backups/{backup}/run",
+        "/v1/containers/a/backups/b/run",
+        "{}",
+        202,
+    ),
+    (
         "post",
         "/v1/containers/{name}/merge",
         "/v1/containers/a/merge",
         r#"{"snapshot":"s"}"#,
+        202,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/resize",
+        "/v1/containers/a/resize",
+        r#"{"size":65536,"shrink":true}"#,
         202,
     ),
     (
@@ -249,6 +370,25 @@ fn metrics_are_text_that_prometheus_reads() {
     assert_eq!(value("ploop_open_disks"), 7.0);
     assert_eq!(value("ploop_snapshot_pause_seconds_count"), 1.0);
     assert!(value("ploop_open_files") > 3.0);
+    let limit = "ploop_limit_bytes_per_second{container=\"ct\",op=\"write\"}";
+    assert_eq!(value(limit), 5.0);
+    assert_eq!(
+        value("ploop_throttled_requests_total{container=\"ct\"}"),
+        2.0
+    );
+    assert_eq!(
+        value("ploop_throttled_seconds_total{container=\"ct\"}"),
+        0.5
+    );
+    assert_eq!(value("ploop_store_limit_bytes_per_second"), 7.0);
+    assert_eq!(value("ploop_quota_bytes{container=\"ct\"}"), 8192.0);
+    assert_eq!(value("ploop_charged_bytes{container=\"ct\"}"), 4096.0);
+    assert_eq!(value("ploop_quota_refused_total{container=\"ct\"}"), 3.0);
+    assert_eq!(value("ploop_host_free_bytes"), 9.0);
+    assert_eq!(value("ploop_host_level{level=\"low\"}"), 1.0);
+    assert_eq!(value("ploop_host_level{level=\"full\"}"), 0.0);
+    assert_eq!(value("ploop_host_waiting_requests"), 3.0);
+    assert_eq!(value("ploop_reserve_given_bytes_total"), 4.0);
     rig.jobs.cancel(job.id).unwrap();
     let unique: BTreeSet<_> = samples.iter().map(|(s, _)| s).collect();
     assert_eq!(unique.len(), samples.len(), "a series stands once");

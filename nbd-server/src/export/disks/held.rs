@@ -1,7 +1,9 @@
 //! What is held: an open disk closes itself, a name becomes free, a door opens, when the last user
 //! lets go.
 
-use std::sync::atomic::Ordering;
+use ploop::device::Depth;
+use ploop::tracker::Tracker;
+use snapshots::life;
 
 use super::*;
 
@@ -21,9 +23,46 @@ impl OpenDisk {
     }
 }
 
+impl OpenDisk {
+    /// This disk, where it has a life to tell of.
+    pub(super) fn lives(self: &Arc<Self>) -> Option<Arc<dyn Lives>> {
+        self.home.as_ref()?;
+        Some(self.clone())
+    }
+
+    /// Order: the disk is closed, then its life ended.
+    fn end(&self) -> Result<()> {
+        self.disk.close()?;
+        let Some(home) = &self.home else {
+            return Ok(());
+        };
+        match home.life.lock() {
+            Ok(told) => told.map_or(Ok(()), |life| {
+                life::end(home.store.as_ref(), &home.dir, life)
+            }),
+            // Left open: a new life for who comes next.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+impl Lives for OpenDisk {
+    fn life(&self) -> Result<String> {
+        let Some(home) = &self.home else {
+            return Err(Error::unsupported("it has no life to tell of"));
+        };
+        let mut told = home.life.lock().unwrap_or_else(PoisonError::into_inner);
+        let life = match *told {
+            Some(life) => life,
+            None => *told.insert(life::begin(home.store.as_ref(), &home.dir)?),
+        };
+        Ok(life.to_string())
+    }
+}
+
 impl Drop for OpenDisk {
     fn drop(&mut self) {
-        if let Err(e) = self.disk.close() {
+        if let Err(e) = self.end() {
             tracing::error!(export = self.freed.key, error = %e, "the disk was not closed cleanly");
         }
     }
@@ -99,6 +138,14 @@ impl Device for OpenDisk {
 
     fn flush(&self) -> Result<()> {
         self.disk.flush()
+    }
+
+    fn depths(&self, range: Range<u64>, limit: usize, out: &mut Vec<Depth>) -> Result<()> {
+        self.disk.depths(range, limit, out)
+    }
+
+    fn bitmaps(&self) -> Vec<Tracker> {
+        self.disk.bitmaps()
     }
 
     fn allocation(&self, range: Range<u64>, limit: usize, out: &mut Vec<Extent>) -> Result<()> {

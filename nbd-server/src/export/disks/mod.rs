@@ -16,27 +16,34 @@
 //! [`Door`] and have it for themselves.
 
 mod completer;
+mod descriptors;
+mod exports;
 mod held;
 
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use ploop::account::Account;
 use ploop::descriptor::{Guid, Temporary};
 use ploop::device::{Device, Extent, ReadLease, Segment, WriteLease, WriteSegment, ZeroMode};
 use ploop::disk::Disk;
 use ploop::disk::open::{DESCRIPTOR, OpenOptions, Opener, Source};
 use ploop::error::{Error, Kind, Result};
-use ploop::store::{Access, FileId};
+use ploop::locks::DiskLock;
+use ploop::store::{Access, FileId, Store};
+use snapshots::life::Life;
+use snapshots::limits::Limits;
 use snapshots::place::Place;
-use snapshots::{Root, template};
+use snapshots::{Root, quota, template};
 
-use crate::export::{ExportInfo, Exports, OpenExport};
+use crate::export::{ExportInfo, Exports, Gate, Lives, OpenExport, Space, Throttle, space};
 use completer::Completer;
+use descriptors::{explain_limit, keep_reserve};
 
 /// What stands before a template's name.
 pub const TEMPLATE: &str = "template:";
@@ -72,6 +79,10 @@ pub struct Disks {
     read_only: bool,
     table: Arc<Table>,
     unfinished: OnceLock<Hook>,
+    throttle: Arc<Throttle>,
+    space: OnceLock<Arc<Space>>,
+    /// The one disk is open as long as it is served.
+    kept: AtomicBool,
 }
 
 impl fmt::Debug for Disks {
@@ -103,6 +114,9 @@ struct Entry {
     id: FileId,
     /// `None` while it is being opened; gone while it is being closed.
     disk: Option<Weak<OpenDisk>>,
+    /// What is charged to it, where it is open for writing. Not asked of the disk: whoever holds that
+    /// may be the last, and closes it.
+    account: Option<Arc<Account>>,
 }
 
 /// An open disk that closes itself when its last user lets go.
@@ -110,10 +124,21 @@ struct Entry {
 pub struct OpenDisk {
     /// Dropped before `freed`: the name is free when the disk's locks are.
     disk: Disk,
+    gate: Arc<Gate>,
     freed: Freed,
     me: Weak<OpenDisk>,
     /// The completer looks after it.
     watched: AtomicBool,
+    /// Where its life is recorded, if it is a disk directory that is open for writing.
+    home: Option<Home>,
+}
+
+/// Where a disk is, and the life that was told of it.
+#[derive(Debug)]
+struct Home {
+    store: Arc<dyn Store>,
+    dir: PathBuf,
+    life: Mutex<Option<Life>>,
 }
 
 /// Frees a name when dropped.
@@ -139,6 +164,8 @@ struct Meant {
     write: bool,
     options: OpenOptions,
     id: FileId,
+    /// Whose limits hold for it.
+    container: String,
 }
 
 impl Disks {
@@ -190,6 +217,9 @@ impl Disks {
             read_only,
             table: Arc::default(),
             unfinished: OnceLock::new(),
+            throttle: Arc::default(),
+            space: OnceLock::new(),
+            kept: AtomicBool::new(false),
         }
     }
 
@@ -205,6 +235,44 @@ impl Disks {
             Catalog::Store(root) => Some(root),
             Catalog::Container { .. } | Catalog::One(_) => None,
         }
+    }
+
+    /// The limits of what is open here.
+    pub fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
+    }
+
+    /// Looks after the host's room for what is opened from now on, once whoever calls this calls
+    /// [`Space::begin`]. Nothing where nothing is written. Errors: those of [`Space::of`];
+    /// `Unsupported` for options where nothing is written.
+    pub fn watch_space(&self, options: &space::Options) -> Result<()> {
+        if self.read_only {
+            return match options.is_default() {
+                true => Ok(()),
+                false => {
+                    let what = "what is served read-only takes no room on the host";
+                    Err(Error::unsupported(what).fix(space::LEAVE_OUT))
+                }
+            };
+        }
+        let (dir, reserve) = match &self.catalog {
+            Catalog::Store(root) | Catalog::Container { root, .. } => {
+                (root.dir().to_path_buf(), Some(root.reserve().clone()))
+            }
+            Catalog::One(_) => (self.place("")?.dir().to_path_buf(), None),
+        };
+        let host = space::Host {
+            dir,
+            store: self.opener().store().clone(),
+            reserve,
+        };
+        drop(self.space.set(Space::of(host, options)?));
+        Ok(())
+    }
+
+    /// The host's room, where it is looked after.
+    pub fn space(&self) -> Option<&Arc<Space>> {
+        self.space.get()
     }
 
     /// True when containers are served read-only.
@@ -235,11 +303,30 @@ impl Disks {
 
     /// The container's open disk, opened if need be. Error: `ReadOnly` where containers are.
     pub fn live(&self, container: &str) -> Result<Arc<OpenDisk>> {
-        if self.read_only {
-            let what = format!("{container} is served read-only here");
-            return Err(Error::new(Kind::ReadOnly, what));
-        }
+        self.refuse_read_only(container)?;
         self.hold(container)
+    }
+
+    /// The one disk, open as long as it is served: for the caller to hold. Errors: as [`Disks::live`].
+    pub fn keep_open(&self) -> Result<Arc<OpenDisk>> {
+        self.kept.store(true, Ordering::Relaxed);
+        self.live(self.only_name())
+    }
+
+    /// True when the one disk does not close with its last client.
+    pub fn is_kept_open(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
+    /// Error: `ReadOnly` where containers are.
+    pub fn refuse_read_only(&self, container: &str) -> Result<()> {
+        match self.read_only {
+            true => {
+                let what = format!("{container} is served read-only here");
+                Err(Error::new(Kind::ReadOnly, what))
+            }
+            false => Ok(()),
+        }
     }
 
     /// How many disks are open.
@@ -249,12 +336,36 @@ impl Disks {
         names.open.values().filter(open).count()
     }
 
+    /// The accounts of the containers that are open for writing, by name. Memory only.
+    pub fn accounts(&self) -> Vec<(String, Arc<Account>)> {
+        let names = self.table.lock();
+        let of = |(name, e): (&String, &Entry)| Some((name.clone(), e.account.clone()?));
+        let mut all: Vec<_> = names.open.iter().filter_map(of).collect();
+        drop(names);
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    }
+
     /// True when the export of that name is open.
     pub fn is_open(&self, name: &str) -> bool {
         let Ok(meant) = self.meaning(name) else {
             return false;
         };
         self.table.lock().open.contains_key(&meant.key)
+    }
+
+    /// The container's live disk, if it is open. Waits while it is being opened or closed.
+    pub fn open_disk(&self, container: &str) -> Option<Arc<OpenDisk>> {
+        let meant = self.meaning(container).ok()?;
+        let mut names = self.table.lock();
+        loop {
+            let entry = names.open.get(&meant.key)?;
+            if let Some(disk) = entry.disk.as_ref().and_then(Weak::upgrade) {
+                return Some(disk);
+            }
+            let waited = self.table.changed.wait(names);
+            names = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// The snapshots of a container whose exports are open.
@@ -332,7 +443,14 @@ impl Disks {
             },
             write,
             options,
-            id: identity(place.opener(), place.dir())?,
+            id: {
+                if write && place.opener().locks_disks() {
+                    // Opening makes it, and what the disk is must be the same before and after.
+                    DiskLock::prepare(place.dir())?;
+                }
+                identity(place.opener(), place.dir())?
+            },
+            container: place.shown().to_owned(),
         })
     }
 
@@ -349,6 +467,7 @@ impl Disks {
             write: false,
             options: root.open_options(false),
             id: identity(root.opener(), &root.template(template))?,
+            container: name.to_owned(),
         })
     }
 
@@ -371,6 +490,7 @@ impl Disks {
                     let entry = Entry {
                         id: meant.id,
                         disk: None,
+                        account: None,
                     };
                     names.open.insert(meant.key.clone(), entry);
                     break meant;
@@ -394,16 +514,39 @@ impl Disks {
         keep_reserve()?;
         let disk = self.opener().open(&meant.source, &meant.options);
         let disk = disk.map_err(explain_limit)?;
+        if let Some(space) = self.space.get().filter(|_| meant.write) {
+            disk.account()?.draw_on(space.budget().clone());
+        }
+        if meant.write && meant.source.descriptor {
+            let place = self.place(&meant.key)?;
+            if let Err(e) = place.clear_room() {
+                tracing::warn!(container = meant.key, error = %e, "a work copy is left");
+            }
+            quota::arm(&place, &disk)?;
+        }
+        let home = match meant.write && meant.source.descriptor {
+            true => Some(Home {
+                store: self.opener().store().clone(),
+                dir: self.place(&meant.container)?.dir().to_owned(),
+                life: Mutex::default(),
+            }),
+            false => None,
+        };
+        let stored = || self.stored_limits(&meant.container);
+        let gate = self.throttle.gate(&meant.container, meant.id, stored);
         let open = Arc::new_cyclic(|me| OpenDisk {
             disk,
+            gate,
             freed,
             me: me.clone(),
             watched: AtomicBool::new(false),
+            home,
         });
         {
             let mut names = self.table.lock();
             if let Some(entry) = names.open.get_mut(&meant.key).filter(|e| e.id == meant.id) {
                 entry.disk = Some(Arc::downgrade(&open));
+                entry.account = open.disk.account().ok();
             }
         }
         self.table.changed.notify_all();
@@ -417,6 +560,21 @@ impl Disks {
         Ok(open)
     }
 
+    /// The limits that are stored with a container; a template has none. `None`: they cannot be read.
+    fn stored_limits(&self, container: &str) -> Option<Limits> {
+        if container.starts_with(TEMPLATE) {
+            return Some(Limits::default());
+        }
+        let meta = self.place(container).and_then(|p| p.meta());
+        let limits = meta.and_then(|m| m.limits.check().map(|()| m.limits));
+        limits
+            .inspect_err(|e| {
+                let what = "its limits cannot be read; it has those of before, or none";
+                tracing::error!(container, error = %e, what);
+            })
+            .ok()
+    }
+
     fn waits_for_merge(&self, container: &str) -> bool {
         let waiting = self
             .place(container)
@@ -427,42 +585,6 @@ impl Disks {
 
 fn no_export(name: &str) -> Error {
     Error::new(Kind::NotFound, format!("there is no export '{name}'"))
-}
-
-/// Says what to do where the operating system gives no descriptor.
-fn explain_limit(e: Error) -> Error {
-    const EMFILE: i32 = 24;
-    match e.raw_os_error() {
-        Some(EMFILE) => e
-            .while_doing("the service may not have more open files")
-            .fix(RAISE),
-        _ => e,
-    }
-}
-
-/// What to do about a full table of open files.
-const RAISE: &str = "Raise the limit of open files of the service (LimitNOFILE=)";
-
-/// Descriptors that opening a disk leaves for new connections and for the control API.
-const RESERVE: u64 = 64;
-
-/// Refuses to open another disk while few descriptors are left. The lowest free number says how
-/// many are taken.
-fn keep_reserve() -> Result<()> {
-    use rustix::process::{Resource, getrlimit};
-    let Some(limit) = getrlimit(Resource::Nofile).current else {
-        return Ok(());
-    };
-    let full = || {
-        let what = "the service may not have more open files";
-        Error::new(Kind::Io, format!("{what} ({limit} are allowed)")).fix(RAISE)
-    };
-    let free = rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 0).map_err(|_| full())?;
-    let taken = u64::try_from(std::os::fd::AsRawFd::as_raw_fd(&free)).unwrap_or(limit);
-    match taken + RESERVE.min(limit / 6) >= limit {
-        true => Err(full()),
-        false => Ok(()),
-    }
 }
 
 /// Which disk a directory is: its lock file, which is never replaced, or where it has none its
@@ -483,69 +605,4 @@ impl Table {
         // Both maps are whole between two statements.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-impl Exports for Disks {
-    fn list(&self) -> Result<Vec<ExportInfo>> {
-        let info = |name, description: &str| ExportInfo {
-            name,
-            description: description.into(),
-        };
-        let mut all = Vec::new();
-        let (containers, templates) = match &self.catalog {
-            Catalog::Store(root) => {
-                let names = snapshots::list::names(root)?;
-                (names.containers, names.templates)
-            }
-            Catalog::Container { .. } | Catalog::One(_) => {
-                (vec![self.only_name().to_owned()], Vec::new())
-            }
-        };
-        for name in containers {
-            let snapshots = self.place(&name).and_then(|p| snapshot_names(&p));
-            all.push(info(name.clone(), "container"));
-            // Of a damaged one, or one that was just removed, there are none.
-            for snapshot in snapshots.unwrap_or_default() {
-                all.push(info(format!("{name}@{snapshot}"), "snapshot, read-only"));
-            }
-        }
-        let template = |n| info(format!("{TEMPLATE}{n}"), "template, read-only");
-        all.extend(templates.into_iter().map(template));
-        Ok(all)
-    }
-
-    fn open(&self, name: &str) -> Result<OpenExport> {
-        let name = match name {
-            "" => self.only_name(),
-            name => name,
-        };
-        let opened = self.hold(name);
-        if let Err(e) = &opened
-            && e.kind() != Kind::NotFound
-        {
-            tracing::warn!(export = name, error = %e, "an export could not be opened");
-        }
-        Ok(OpenExport {
-            device: opened?,
-            name: name.to_owned(),
-            description: String::new(),
-        })
-    }
-}
-
-/// The snapshots of a disk by the names that open them.
-fn snapshot_names(place: &Place<'_>) -> Result<Vec<String>> {
-    let d = place.descriptor()?;
-    if d.shots.len() == 1 {
-        return Ok(Vec::new());
-    }
-    let meta = place.meta()?;
-    let of = |g: Guid| meta.name_of(g).map_or_else(|| g.to_string(), str::to_owned);
-    let shots = d.shots.iter();
-    Ok(shots
-        .filter(|s| s.guid != d.top && s.temporary == Temporary::No)
-        // A layer of the store is not this container's snapshot.
-        .filter(|s| d.image(s.guid).is_some_and(Place::owns) || meta.snapshot(s.guid).is_some())
-        .map(|s| of(s.guid))
-        .collect())
 }

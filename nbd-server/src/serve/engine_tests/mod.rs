@@ -1,6 +1,8 @@
 mod crowd;
+mod limited;
 mod model;
 mod rig;
+mod roomless;
 mod waiting;
 
 use std::sync::atomic::Ordering::SeqCst;

@@ -30,7 +30,10 @@ pub(super) struct Reply {
     /// (offset, bytes) of data; for holes, zeros.
     pub(super) content: Vec<(u64, Vec<u8>)>,
     pub(super) holes: usize,
+    /// Of the first context.
     pub(super) extents: Vec<chunk::Extent>,
+    /// Of the second.
+    pub(super) depths: Vec<chunk::Extent>,
 }
 
 impl Reply {
@@ -193,8 +196,11 @@ fn part<'a>(
         chunk_kind::BLOCK_STATUS | chunk_kind::BLOCK_STATUS_EXT => {
             assert_eq!(header.kind, chunk::status_kind(style));
             let (id, extents) = chunk::parse_status(style, payload).unwrap();
-            assert_eq!(id, 1);
-            reply.extents = extents;
+            match id {
+                1 => reply.extents = extents,
+                2 => reply.depths = extents,
+                id => panic!("context {id}"),
+            }
         }
         k => {
             let with_offset = k == chunk_kind::ERROR_OFFSET;

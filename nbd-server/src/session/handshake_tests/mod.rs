@@ -1,3 +1,4 @@
+mod contexts;
 mod fuzz;
 
 use std::sync::Arc;
@@ -339,23 +340,32 @@ fn malformed_queries_are_invalid_and_the_handshake_goes_on() {
 fn contexts_are_listed() {
     let s = (kind::STRUCTURED_REPLY, vec![]);
     let list = |name: &str, queries: &[&str]| (kind::LIST_META_CONTEXT, meta_data(name, queries));
+    let (base, depth) = ("base:allocation", "qemu:allocation-depth");
     for (queries, found) in [
-        (&[][..], true),
-        (&["base:"], true),
-        (&["qemu:", "base:allocation"], true),
-        (&["x-y:"], false),
-        (&["base:other"], false),
+        (&[][..], &[base, depth][..]),
+        (&["base:"], &[base]),
+        (&["qemu:"], &[depth]),
+        (&["qemu:", "base:allocation"], &[base, depth]),
+        (&["qemu:allocation-depth", "qemu:", "qemu:"], &[depth]),
+        (&["qemu:dirty-bitmap:"], &[]),
+        (&["x-y:"], &[]),
+        (
+            &[
+                "base:other",
+                "qemu:dirty-bitmap:x",
+                "qemu:allocation-depth2",
+            ],
+            &[],
+        ),
     ] {
         let ran = run(&[s.clone(), list("disk", queries)]);
-        let expect = if found {
-            &[rep::META_CONTEXT, rep::ACK][..]
-        } else {
-            &[rep::ACK]
-        };
-        assert_eq!(ran.kinds()[1..], *expect, "{queries:?}");
-        if found {
-            assert_eq!(ran.answers()[1].2, b"\0\0\0\0base:allocation");
-        }
+        let mut answers = ran.answers().split_off(1);
+        assert_eq!(answers.pop().unwrap().1, rep::ACK, "{queries:?}");
+        let listed = answers.iter().map(|(_, kind, data)| {
+            assert_eq!((*kind, &data[..4]), (rep::META_CONTEXT, &[0; 4][..]));
+            std::str::from_utf8(&data[4..]).unwrap()
+        });
+        assert_eq!(listed.collect::<Vec<_>>(), found, "{queries:?}");
     }
     let ran = run(&[s, list("nothing", &[])]);
     assert_eq!(ran.kinds()[1..], [rep::ERR_UNKNOWN]);

@@ -12,9 +12,9 @@
 //! sparse one keeps no room; and none is passed over, which would leave a gap in a closed image.
 //!
 //! Invariants: everything from `next` on reads as zeros (the file was cut there before it grew).
-//! A range in `free` may hold anything, and is named by no entry, in memory or on disk: an entry
-//! goes from 0 to a cluster and never back while an image is open, so a free cluster was free at
-//! open, or was handed out and given back before any entry named it.
+//! A range in `free` may hold anything, and is named by no entry, in memory or on disk: it was free at
+//! open, was handed out and given back before any entry named it, or its cluster was moved and the
+//! entry that says so is durable.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -108,6 +108,62 @@ impl Alloc {
     /// The file's length now, as far as it was given by [`Alloc::take`].
     pub fn grown_len(&self) -> u64 {
         self.offset(self.grown) + self.tail
+    }
+
+    /// Hands out no cluster below `first` any more; returns those that were free there, and those
+    /// that were never used, for [`Alloc::give_back`] should they be handed out again. Makes the
+    /// file long enough for all of them. Error: `NoSpace`, with nothing changed.
+    pub fn keep_off(
+        &mut self,
+        first: u64,
+        file: &dyn StoreFile,
+    ) -> Result<(Vec<Range<u64>>, Range<u64>)> {
+        if first > self.limit {
+            let what = "every cluster that a BAT entry can name is taken";
+            return Err(Error::new(Kind::NoSpace, what).on(file.path()));
+        }
+        self.grow(first, file)?;
+        let mut kept = Vec::new();
+        while let Some((&start, &end)) = self.free.first_key_value()
+            && start < first
+        {
+            self.free.remove(&start);
+            kept.push(start..end.min(first));
+            if end > first {
+                self.free.insert(first, end);
+            }
+        }
+        let fresh = self.next..first.max(self.next);
+        self.next = fresh.end;
+        Ok((kept, fresh))
+    }
+
+    /// The clusters that are free, below the last one that is not.
+    pub fn free(&self) -> impl Iterator<Item = Range<u64>> {
+        let all = self.free.iter().map(|(&start, &end)| start..end);
+        all.filter(|r| r.end < self.next)
+    }
+
+    /// The file offset behind the last cluster that is not free.
+    pub fn named_end(&self) -> u64 {
+        self.used_len() - self.tail
+    }
+
+    /// The file offset behind the last cluster that was ever handed out.
+    pub fn handed_end(&self) -> u64 {
+        self.offset(self.next)
+    }
+
+    /// The file offset behind as many clusters as are not free.
+    pub fn packed_end(&self) -> u64 {
+        let free: u64 = self.free.iter().map(|(start, end)| end - start).sum();
+        self.offset(self.next - free)
+    }
+
+    /// Hands out all clusters that are free.
+    pub fn take_free(&mut self) -> Vec<Range<u64>> {
+        let free = std::mem::take(&mut self.free);
+        free.into_iter().map(|(start, end)| start..end).collect()
     }
 
     /// The file offset of a cluster.
@@ -331,6 +387,25 @@ mod tests {
         let before = a.next;
         a.take_roomy(&*file).unwrap();
         assert_eq!((a.roomy - before) * a.cluster, AHEAD_MAX);
+    }
+
+    #[test]
+    fn what_is_kept_off_is_not_handed_out_until_it_is_given_back() {
+        let store = MemoryStore::new();
+        let file = store.create(Path::new("/i"), 0o600).unwrap();
+        let mut a = Alloc::new(&header(), &Used::from_iter([0, 3, 8]));
+        assert_eq!(a.keep_off(6, &*file).unwrap(), (vec![1..3, 4..6], 9..9));
+        assert_eq!(a.take(9, &*file).unwrap().clusters, 6..8);
+        assert_eq!(a.take(1, &*file).unwrap().clusters, 9..10);
+        assert_eq!(a.keep_off(12, &*file).unwrap(), (vec![], 10..12));
+        assert!(file.len().unwrap() >= a.offset(12));
+        assert_eq!(a.take(1, &*file).unwrap().clusters, 12..13);
+        for range in [1..3, 4..6, 10..12] {
+            a.give_back(range);
+        }
+        let again = a.take(9, &*file).unwrap();
+        assert_eq!((again.clusters, again.stale), (1..3, true));
+        assert!(a.keep_off(u64::MAX, &*file).is_err());
     }
 
     #[test]

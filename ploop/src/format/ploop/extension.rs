@@ -2,9 +2,9 @@
 //!
 //! One cluster at `extension_sector`, valid only while `in_use` says so. It carries features, and
 //! each says what a program that does not know it may do: nothing but read (NECESSARY), keep it
-//! (TRANSIT), or drop it. We write none yet: known and droppable features are dropped by the first
-//! write (the header's offset is cleared with the in-use mark, in one sector); the others refuse
-//! writing by name. Reading minds nothing of it. Whether its content is sound is judged by
+//! (TRANSIT), or drop it. Known and droppable features are dropped by the first write (the header's
+//! offset is cleared with the in-use mark, in one sector), and the one that we know is written again
+//! at close ([`super::bitmaps`]); the others refuse writing by name. Reading minds nothing of it. Whether its content is sound is judged by
 //! [`crate::verify::check_image`], with the layout from here.
 
 use md5::{Digest, Md5};
@@ -13,7 +13,7 @@ use super::header::{Header, IN_USE_EXTENSION};
 use crate::error::Result;
 use crate::store::{SECTOR, StoreFile, read_or_zero};
 
-const MAGIC: u64 = 0xAB23_4CEF_23DC_EA87;
+pub(crate) const MAGIC: u64 = 0xAB23_4CEF_23DC_EA87;
 /// Bytes of magic and MD5 in front of the first section.
 pub(crate) const SECTIONS_AT: u64 = 24;
 /// Bytes of a section's head: magic, flags, data size, reserved.

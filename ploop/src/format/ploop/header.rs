@@ -262,6 +262,51 @@ impl Header {
         h
     }
 
+    /// The same header, closed, naming an extension that is in force.
+    #[must_use]
+    pub fn extended(&self, extension_sector: u64) -> Header {
+        let mut h = self.marked(IN_USE_EXTENSION);
+        h.extension_sector = extension_sector;
+        h.bytes[EXTENSION_OFFSET..].copy_from_slice(&extension_sector.to_le_bytes());
+        h
+    }
+
+    /// The header of this image when its disk has `size_sectors`, closed and without an extension.
+    /// The data area moves up only if the BAT needs its room. Error: `Invalid` unless that is a
+    /// multiple of the cluster, no less than now, and fits the version.
+    pub fn grown(&self, size_sectors: u64) -> Result<Header> {
+        let cluster = u64::from(self.cluster_sectors);
+        let too_big = || too_big(size_sectors, self.cluster_sectors);
+        if size_sectors < self.size_sectors || !size_sectors.is_multiple_of(cluster) {
+            return Err(Error::invalid(format!(
+                "a disk of {} sectors cannot grow to {size_sectors}: must be a multiple of the \
+                 cluster ({cluster} sectors), and no less",
+                self.size_sectors
+            )));
+        }
+        if self.version == Version::V1 && size_sectors > u64::from(u32::MAX) {
+            return Err(too_big().fix("A v1 image ends at 2 TiB: convert the disk to v2"));
+        }
+        let needed = u32::try_from(size_sectors / cluster).map_err(|_| too_big())?;
+        let entries = needed.max(self.entries);
+        let bat_end = HEADER_BYTES + 4 * u64::from(entries);
+        let data_start = bat_end
+            .next_multiple_of(self.cluster_bytes())
+            .max(self.data_start);
+        let data_offset = u32::try_from(data_start / SECTOR).map_err(|_| too_big())?;
+        let (heads, cylinders) = chs(size_sectors);
+        let mut bytes = self.marked(IN_USE_CLOSED).bytes;
+        let mut put = |at: usize, v: u32| bytes[at..at + 4].copy_from_slice(&v.to_le_bytes());
+        put(HEADS, heads);
+        put(CYLINDERS, cylinders);
+        put(ENTRIES, entries);
+        put(SIZE_SECTORS, (size_sectors & 0xFFFF_FFFF) as u32);
+        put(SIZE_SECTORS + 4, (size_sectors >> 32) as u32);
+        put(DATA_OFFSET, data_offset);
+        put(FLAGS, self.flags & !FLAG_EMPTY);
+        Unchecked(bytes).check(data_start)
+    }
+
     /// Cluster size in bytes.
     pub fn cluster_bytes(&self) -> u64 {
         u64::from(self.cluster_sectors) * SECTOR
@@ -389,6 +434,32 @@ mod tests {
         assert!(Header::new(Version::V2, 64, 64 << 32).is_err());
         assert!(Header::new(Version::V2, 96, 96).is_err());
         assert!(Header::new(Version::V2, 64, 65).is_err());
+    }
+
+    #[test]
+    fn a_grown_header_is_that_of_a_new_image_of_that_size_but_for_a_data_area_that_has_room() {
+        for (version, cluster, old, new) in [
+            (Version::V2, 64, 64 * 10, 64 * 8_200),
+            (Version::V2, 64, 64 * 10, 64 * 11),
+            (Version::V1, 2048, 2048, 2048 * 300_000),
+            (Version::V2, 2048, 2048 * 7, 2048 * 7),
+        ] {
+            let h = Header::new(version, cluster, old).unwrap();
+            let mut fresh = Header::new(version, cluster, new).unwrap();
+            fresh.bytes[FLAGS..FLAGS + 4].fill(0);
+            fresh.flags = 0;
+            assert_eq!(h.grown(new).unwrap(), fresh);
+        }
+        // Entries and room that nobody needs stay as they are.
+        let mut wide = Header::new(Version::V2, 64, 64 * 20_000).unwrap();
+        wide.size_sectors = 64 * 3 + 1;
+        let grown = wide.grown(64 * 19).unwrap();
+        assert_eq!((grown.entries, grown.data_start), (20_000, wide.data_start));
+        for bad in [64 * 3, 64 * 4 + 1, u64::MAX / 64 * 64] {
+            assert!(wide.grown(bad).is_err(), "{bad}");
+        }
+        let v1 = Header::new(Version::V1, 64, 640).unwrap();
+        assert!(v1.grown(1 << 32).is_err());
     }
 
     #[test]

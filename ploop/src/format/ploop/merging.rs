@@ -44,6 +44,10 @@ impl Written for Top {
     fn wrote(&self) {
         Top::wrote(self);
     }
+
+    fn given_up(&self) {
+        self.held.doubt();
+    }
 }
 
 /// The image as a layer of a chain, while it is also being rewritten.

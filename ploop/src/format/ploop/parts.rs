@@ -21,8 +21,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::Result;
 
-/// Bytes of a granule. A cluster that is no multiple of it is completed at once.
-pub const GRANULE: u64 = 4096;
+/// A cluster that is no multiple of it is completed at once.
+pub use crate::account::GRANULE;
 /// Parts of one image, at most: bounds memory (100 bytes each).
 pub const PARTS_MAX: usize = 16 << 10;
 /// Bytes of the clusters of all parts, at most: bounds what a close, and a flush that can keep no
@@ -41,6 +41,19 @@ const SHARDS: usize = 16;
 pub struct Granules {
     bits: Box<[u64]>,
     count: u64,
+}
+
+/// The words that hold bits `range`, and which of their bits.
+pub(super) fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let words = match range.is_empty() {
+        true => 0..0,
+        false => range.start / 64..range.end.div_ceil(64),
+    };
+    words.map(move |word| {
+        let low = range.start.saturating_sub(word * 64);
+        let high = (range.end - word * 64).min(64);
+        (word as usize, (u64::MAX >> (64 - high)) & (u64::MAX << low))
+    })
 }
 
 impl Granules {
@@ -73,8 +86,8 @@ impl Granules {
 
     /// Sets a range, cut to what there is.
     pub fn set(&mut self, range: Range<u64>) {
-        for at in range.start..range.end.min(self.count) {
-            self.bits[(at / 64) as usize] |= 1 << (at % 64);
+        for (word, mask) in masks(range.start..range.end.min(self.count)) {
+            self.bits[word] |= mask;
         }
     }
 
@@ -90,20 +103,46 @@ impl Granules {
 
     /// The longest run from `from` on, up to `to`, that is set throughout, or not set throughout.
     pub fn run(&self, from: u64, to: u64) -> (bool, u64) {
-        let set = self.has(from);
-        let mut at = from + 1;
-        while at < to.min(self.count) && self.has(at) == set {
-            at += 1;
+        let (set, to) = (self.has(from), to.min(self.count));
+        let mut at = from;
+        while at < to {
+            let word = self.bits[(at / 64) as usize];
+            let same = if set { !word } else { word } >> (at % 64);
+            // To the next one that is not the same, or to the end of the word.
+            at += u64::from(same.trailing_zeros()).min(64 - at % 64);
+            if same != 0 {
+                break;
+            }
         }
-        (set, at)
+        (set, at.min(to).max(from + 1))
+    }
+
+    /// The runs that are set, ascending.
+    pub fn set_runs(&self) -> impl Iterator<Item = Range<u64>> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            while at < self.count {
+                let (set, end) = self.run(at, self.count);
+                let start = std::mem::replace(&mut at, end);
+                if set {
+                    return Some(start..end);
+                }
+            }
+            None
+        })
     }
 
     /// The runs that are not set, ascending.
     pub fn missing(&self) -> Vec<Range<u64>> {
+        self.missing_in(0..self.count)
+    }
+
+    /// The same of a range.
+    pub fn missing_in(&self, range: Range<u64>) -> Vec<Range<u64>> {
         let mut out = Vec::new();
-        let mut at = 0;
-        while at < self.count {
-            let (set, end) = self.run(at, self.count);
+        let mut at = range.start;
+        while at < range.end {
+            let (set, end) = self.run(at, range.end);
             if !set {
                 out.push(at..end);
             }
@@ -261,9 +300,8 @@ impl Parts {
     }
 
     /// The journal has `clusters` as complete.
-    pub(super) fn logged_whole(&self, clusters: &[u32]) {
-        for &cluster in clusters {
-            let cluster = u64::from(cluster);
+    pub(super) fn logged_whole(&self, clusters: impl IntoIterator<Item = u32>) {
+        for cluster in clusters.into_iter().map(u64::from) {
             self.shard(cluster).logged.remove(&cluster);
         }
     }
@@ -378,7 +416,7 @@ mod tests {
         drop(parts.take(true));
         parts.finish(9, || Ok(())).unwrap();
         assert_eq!(parts.within(5..77), (vec![], true));
-        parts.logged_whole(&[9]);
+        parts.logged_whole([9]);
         assert_eq!(parts.within(5..77), (vec![], false));
     }
 

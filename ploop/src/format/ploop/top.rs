@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | open | what was read | yes |
 //! | first change, found marked | the entries that are there, written again where they are | no |
+//! | first change | the trackers' side file ([`crate::tracker`]) | yes |
 //! | first change | header: in-use mark, extension dropped | yes |
 //! | first change, found marked | an ended journal, ended again | yes |
 //! | first change | cut the file behind the last cluster in use | no |
@@ -16,38 +17,44 @@
 //! | | the BAT entries | no |
 //! | close | data; the entries of all that the journal names | yes |
 //! | | no journal any more; flush; cut the file behind the last cluster in use | yes |
+//! | | the trackers' bits, behind that cluster | yes |
 //! | | header: closed | yes |
 //!
 //! An entry on disk therefore names a cluster whose bytes are on disk, at every instant. Entries
 //! only ever go from 0 to a cluster: discarded clusters are punched where they are and keep their
 //! entry, so no cluster changes owner while the image is open, and no lease can see one that does.
-//! The one exception is [`Top::take_out`], for an image that is being merged away: it has no journal.
+//! Two exceptions have no journal meanwhile: [`Top::take_out`], for an image that is being merged away,
+//! and [`super::moving`], which gives a place up once no entry names it, on disk or in a lease.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arc_swap::ArcSwapOption;
+
 use super::alloc::{Alloc, Taken};
 use super::busy::Busy;
 use super::extension;
 use super::flush::FlushGate;
 use super::header::{FLAG_EMPTY, Header, IN_USE_CLOSED, IN_USE_DIRTY, Version};
+use super::held::{Held, granules_in};
 use super::journal::{self, Home, Journal, TAIL};
 use super::parts::{Part, Parts};
 use crate::error::{Error, Kind, Result};
 use crate::paged::Paged;
 use crate::store::{StoreFile, read_exact};
+use crate::tracker::Tracking;
 use crate::verify::{Class, FindingKind, ImageScan, Used, class_of, scan_image};
 
 /// BAT entries in a page of the map: 4 KiB.
 pub(super) const PAGE: u64 = crate::verify::PAGE_ENTRIES;
 /// Bytes of a block of the host, or a multiple of it.
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 
 /// Stands in the map, never on disk, for a cluster that is not complete. No entry is this: a v1 one
 /// is a multiple of the cluster, and a v2 one would need a longer file than [`Top::open`] takes.
-const PART: u32 = u32::MAX;
+pub(super) const PART: u32 = u32::MAX;
 
 type Page = Box<[AtomicU32]>;
 
@@ -66,6 +73,8 @@ pub enum Found {
 #[derive(Debug)]
 pub struct Top {
     pub(super) file: Arc<dyn StoreFile>,
+    /// The same without the store's reserve.
+    pub(super) guest: Arc<dyn StoreFile>,
     pub(super) header: Header,
     map: Paged<Page>,
     /// A bit per page: it has entries on disk. The others are zeros and never read.
@@ -75,21 +84,31 @@ pub struct Top {
     pub busy: Busy,
     /// Clusters that are not complete.
     pub(super) parts: Parts,
+    /// What is charged to the disk's account.
+    pub(super) held: Held,
+    /// The granules that were there at open are on the account.
+    pub(super) counted: AtomicBool,
     /// Slots committed since the last flush took them.
     pub(super) pending: Mutex<Vec<u32>>,
     /// Blocks of the BAT that have room on the host.
-    roomy: Mutex<BTreeSet<u64>>,
+    pub(super) roomy: Mutex<BTreeSet<u64>>,
+    /// Blocks of the BAT that are charged and hold nothing yet: a journal has their entries.
+    pub(super) owed: Mutex<BTreeSet<u64>>,
     pub(super) gate: FlushGate,
     /// Locked by whoever writes to the BAT.
     pub(super) journal: Mutex<Journal>,
     /// A flush may begin one.
     pub(super) journals: bool,
+    /// But not now ([`super::moving`]).
+    pub(super) plain: AtomicBool,
     /// Data was written, or a length changed, since the last flush began.
     pub(super) unsynced: AtomicBool,
     pub(super) marked: AtomicBool,
     /// The header may say in use: found so at open, or we began to mark it. Closing clears it.
     pub(super) unclean: AtomicBool,
     pub(super) mark: Mutex<()>,
+    /// Of its disk, while it is the top of one.
+    tracking: ArcSwapOption<Tracking>,
 }
 
 pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -138,16 +157,22 @@ impl Top {
             alloc: Mutex::new(alloc),
             busy: Busy::default(),
             parts: Parts::default(),
+            held: Held::new(Arc::default(), scan.header.cluster_bytes(), pages),
+            counted: AtomicBool::new(false),
             pending: Mutex::default(),
             roomy: Mutex::default(),
+            owed: Mutex::default(),
             gate: FlushGate::default(),
             journal: Mutex::new(journal),
             journals,
+            plain: AtomicBool::new(false),
             unsynced: AtomicBool::new(false),
             marked: AtomicBool::new(false),
             unclean: AtomicBool::new(scan.header.dirty()),
             mark: Mutex::new(()),
+            tracking: ArcSwapOption::empty(),
             header: scan.header,
+            guest: file.for_guests().unwrap_or_else(|| file.clone()),
             file,
         };
         for (slot, part) in replay.parts {
@@ -170,16 +195,22 @@ impl Top {
             alloc: Mutex::new(Alloc::new(header, &Used::default())),
             busy: Busy::default(),
             parts: Parts::default(),
+            held: Held::new(Arc::default(), header.cluster_bytes(), pages),
+            counted: AtomicBool::new(false),
             pending: Mutex::default(),
             roomy: Mutex::default(),
+            owed: Mutex::default(),
             gate: FlushGate::default(),
             journals: home.is_some(),
+            plain: AtomicBool::new(false),
             journal: Mutex::new(Journal::new(home)),
             unsynced: AtomicBool::new(false),
             marked: AtomicBool::new(true),
             unclean: AtomicBool::new(true),
             mark: Mutex::new(()),
+            tracking: ArcSwapOption::empty(),
             header: header.marked(IN_USE_CLOSED),
+            guest: file.for_guests().unwrap_or_else(|| file.clone()),
             file,
         }
     }
@@ -187,6 +218,11 @@ impl Top {
     /// The image's file.
     pub fn file(&self) -> &Arc<dyn StoreFile> {
         &self.file
+    }
+
+    /// The image's file for what clients write: its writes never use the store's reserve.
+    pub fn guest(&self) -> &Arc<dyn StoreFile> {
+        &self.guest
     }
 
     /// The header as it was at open.
@@ -279,11 +315,13 @@ impl Top {
     /// The caller holds `mark`. After an error the next change tries again, all from the start, but
     /// not after a failed sync: that one latches.
     pub(super) fn mark_in_use(&self) -> Result<()> {
-        if extension::in_force(&self.header) {
-            tracing::warn!(
+        match self.tracking() {
+            Some(tracking) => tracking.before_mark()?,
+            None if extension::in_force(&self.header) => tracing::warn!(
                 file = %self.file.path().display(),
                 "the image's change-tracking bitmap ends here: it is dropped by the first write"
-            );
+            ),
+            None => {}
         }
         if self.header.dirty() {
             // A flush beside this may write entries, too.
@@ -297,9 +335,10 @@ impl Top {
         if self.header.dirty() {
             lock(&self.journal).end_again(|e| self.gate.latch(e))?;
         }
-        let used_len = lock(&self.alloc).used_len();
+        self.count_alone()?;
+        let (used_len, len) = (lock(&self.alloc).used_len(), self.file.len()?);
         // Of a marked image even the length may be one that a failed sync left in the cache only.
-        if self.header.dirty() || self.file.len()? != used_len {
+        if self.header.dirty() || len != used_len {
             self.file.set_len(used_len)?;
             // What a journal's tail keeps of the next cluster may be anything.
             let tail = lock(&self.alloc).tail();
@@ -325,30 +364,15 @@ impl Top {
             let first = page * PAGE;
             let count = PAGE.min(u64::from(self.header.entries) - first);
             let entries = &mut bytes[..count as usize * 4];
-            read_exact(self.file.as_ref(), entries, Header::slot_offset(first))?;
-            self.file.write_at(entries, Header::slot_offset(first))?;
-        }
-        Ok(())
-    }
-
-    /// Takes room on the host for the entries of `clusters`: the BAT of a new image is a hole, and
-    /// a flush that found the host full would stop every writer. Comes before the commit.
-    pub fn make_room(&self, clusters: Range<u64>) -> Result<()> {
-        let blocks = Header::slot_offset(clusters.start) / BLOCK
-            ..Header::slot_offset(clusters.end).div_ceil(BLOCK);
-        if clusters.is_empty() {
-            return Ok(());
-        }
-        let missing: Vec<u64> = {
-            let roomy = lock(&self.roomy);
-            blocks.filter(|b| !roomy.contains(b)).collect()
-        };
-        // Without the lock: a disk that is slow here holds up nobody else.
-        for block in missing {
-            let start = block * BLOCK;
-            self.file
-                .reserve(start, BLOCK.min(self.header.data_start - start))?;
-            lock(&self.roomy).insert(block);
+            let at = Header::slot_offset(first);
+            read_exact(self.file.as_ref(), entries, at)?;
+            let blocks = at / BLOCK..(at + count * 4).div_ceil(BLOCK);
+            let new = self.empty_blocks(blocks)?;
+            self.file.write_at(entries, at)?;
+            // A page reaches into two blocks.
+            if self.counted.load(Ordering::Acquire) {
+                self.held.note(new);
+            }
         }
         Ok(())
     }
@@ -363,9 +387,8 @@ impl Top {
             (taken, offset)
         };
         let count = clusters.end - clusters.start;
-        if stale && let Err(e) = self.file.punch(offset, count * self.header.cluster_bytes()) {
-            lock(&self.alloc).give_back(clusters);
-            return Err(e);
+        if stale {
+            self.empty(&clusters, offset)?;
         }
         Ok((offset, count))
     }
@@ -376,19 +399,24 @@ impl Top {
     pub fn allocate_roomy(&self) -> Result<(u64, bool)> {
         let (Taken { clusters, stale }, room, offset) = {
             let mut alloc = lock(&self.alloc);
-            let (taken, room) = alloc.take_roomy(self.file.as_ref())?;
+            let (taken, room) = alloc.take_roomy(self.guest.as_ref())?;
             let offset = alloc.offset(taken.clusters.start);
             (taken, room, offset)
         };
-        if stale && let Err(e) = self.file.punch(offset, self.header.cluster_bytes()) {
-            lock(&self.alloc).give_back(clusters);
-            return Err(e);
+        if stale {
+            self.empty(&clusters, offset)?;
         }
         Ok((offset, room))
     }
 
-    /// Takes back file clusters that were allocated and never committed.
+    /// Takes back file clusters that were allocated and never committed. What was written to them
+    /// is charged for as long as it is there.
     pub fn give_back(&self, offset: u64, count: u64) {
+        let end = offset + count * self.header.cluster_bytes();
+        match granules_in(self.file.as_ref(), offset..end) {
+            Ok(left) => self.held.note(left),
+            Err(_) => self.held.doubt(),
+        }
         let first = (offset - self.header.data_start) / self.header.cluster_bytes();
         lock(&self.alloc).give_back(first..first + count);
     }
@@ -447,6 +475,16 @@ impl Top {
     /// A write to a part was given up: what it may have left is no data.
     pub fn soil_part(&self, cluster: u64) {
         self.parts.change(cluster, |part| part.soiled = true);
+    }
+
+    /// The trackers of its disk.
+    pub fn tracking(&self) -> Option<Arc<Tracking>> {
+        self.tracking.load_full()
+    }
+
+    /// From now on it keeps the bits of these where it is closed; gives those of before.
+    pub fn track(&self, tracking: Option<Arc<Tracking>>) -> Option<Arc<Tracking>> {
+        self.tracking.swap(tracking)
     }
 
     /// Notes that bytes of the file changed and the next flush must sync.

@@ -1,14 +1,14 @@
 //! One open file of the recording store.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::RecordingStore;
 use super::fault::Class;
 use super::log::{Action, Event};
 use crate::error::Result;
-use crate::store::{FileId, FileSystem, StoreFile};
+use crate::store::{FileSystem, StoreFile};
 
 /// Passes every call to the memory file below and logs those that change something.
 #[derive(Debug)]
@@ -53,13 +53,7 @@ impl RecordingFile {
 }
 
 impl StoreFile for RecordingFile {
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-
-    fn id(&self) -> FileId {
-        self.inner.id()
-    }
+    crate::delegate! { path, id }
 
     fn len(&self) -> Result<u64> {
         self.store.look("stat", self.path())?;

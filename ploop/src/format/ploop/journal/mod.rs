@@ -36,6 +36,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::header::{HEADER_BYTES, Header};
+use super::held::{Held, granules_in};
 use super::parts::{GRANULE, Part};
 use crate::descriptor::Guid;
 use crate::error::{Error, Kind, Result};
@@ -165,17 +166,17 @@ impl Home {
         Ok(())
     }
 
-    /// Ends the journal that is there; durable on return, its name excepted: what says so is in the
-    /// file. Errors of the sync go to `broken`, too.
+    /// Ends the journal that is there; durable on return: what says so is in the file. Errors after
+    /// which it may have ended or not go to `broken`, too.
     fn end(&self, broken: impl FnOnce(&Error)) -> Result<()> {
         if self.exists()? {
             let mut end = Vec::new();
             encode(&Tag::default(), &Items::End, &mut end);
             let file = self.store.open(&self.path, Access::Write)?;
-            file.write_at(&end, 0)?;
-            file.sync().inspect_err(broken)?;
+            let ended = file.write_at(&end, 0).and_then(|()| file.sync());
+            ended.inspect_err(broken)?;
         }
-        self.forget()
+        Ok(())
     }
 
     /// Puts a copy in the place of the journal; durable on return. A killed process may have left it
@@ -258,6 +259,8 @@ struct Open {
 pub(super) struct Journal {
     home: Option<Home>,
     state: State,
+    /// Granules of it that are charged.
+    held: u64,
 }
 
 impl Journal {
@@ -266,7 +269,13 @@ impl Journal {
         Journal {
             home,
             state: State::None,
+            held: 0,
         }
+    }
+
+    /// Where it is, or would be.
+    pub(super) fn home(&self) -> Option<Home> {
+        self.home.clone()
     }
 
     /// For an image whose journal was replayed.
@@ -274,6 +283,7 @@ impl Journal {
         Journal {
             home: Some(home),
             state: State::Found(slots),
+            held: 0,
         }
     }
 
@@ -335,7 +345,10 @@ impl Journal {
     /// one may be in the page cache of a killed process only. Errors of the sync go to `broken`, too.
     pub(super) fn end_again(&self, broken: impl FnOnce(&Error)) -> Result<()> {
         match (&self.home, &self.state) {
-            (Some(home), State::None) => home.end(broken),
+            (Some(home), State::None) => {
+                home.end(broken)?;
+                home.forget()
+            }
             _ => Ok(()),
         }
     }
@@ -361,13 +374,31 @@ impl Journal {
         slots
     }
 
-    /// Ends it; durable on return. Its slots have their entries on disk.
-    pub(super) fn end(&mut self) -> Result<()> {
-        if let Some(home) = &self.home {
-            home.end(|_| ())?;
-        }
-        self.state = State::None;
+    /// Charges what it takes now, whatever the limit: no flush may fail for it.
+    pub(super) fn charge(&mut self, held: &Held) -> Result<()> {
+        let now = match (&self.state, &self.home) {
+            (State::Open(open), _) => open.ahead.div_ceil(GRANULE),
+            (State::Found(_), Some(home)) => {
+                let file = home.store.open(&home.path, Access::Read)?;
+                granules_in(file.as_ref(), 0..file.len()?)?
+            }
+            _ => 0,
+        };
+        held.note(now);
+        held.back(std::mem::replace(&mut self.held, now));
         Ok(())
+    }
+
+    /// Ends it; durable on return. Its slots have their entries on disk. After an error it is there
+    /// as before, or has ended ([`Journal::is_there`]); where that cannot be told, `broken` is told.
+    pub(super) fn end(&mut self, broken: impl FnOnce(&Error)) -> Result<()> {
+        let Some(home) = &self.home else {
+            self.state = State::None;
+            return Ok(());
+        };
+        home.end(broken)?;
+        self.state = State::None;
+        home.forget()
     }
 }
 

@@ -7,12 +7,10 @@ use ploop::descriptor::Guid;
 use ploop::device::{Device, Segment, SegmentPlace};
 use ploop::disk::open::{OpenOptions, Opener, Source};
 use ploop::store::memory::MemoryStore;
-use ploop::store::read_or_zero;
+use ploop::store::{SECTOR, read_or_zero};
 
-use crate::crash::SECTOR;
-
-/// Guest bytes looked at, from the start of a disk.
-const LOOK: u64 = 512 << 20;
+/// Guest bytes that [`read`] looks at, from the start of a disk.
+pub const LOOK: u64 = 512 << 20;
 
 /// A piece of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +30,16 @@ pub struct Reading {
 
 /// Reads a disk, or one node of it; `None` when it does not open.
 pub fn read(store: &MemoryStore, source: &Source, node: Option<Guid>) -> Option<Reading> {
+    read_to(store, source, node, LOOK)
+}
+
+/// The same, `look` bytes at most.
+pub fn read_to(
+    store: &MemoryStore,
+    source: &Source,
+    node: Option<Guid>,
+    look: u64,
+) -> Option<Reading> {
     let source = Source {
         snapshot: node.map(|n| n.to_string()),
         ..source.clone()
@@ -39,7 +47,7 @@ pub fn read(store: &MemoryStore, source: &Source, node: Option<Guid>) -> Option<
     let opener = Opener::on(Arc::new(store.clone()));
     let disk = opener.open(&source, &OpenOptions::default()).ok()?;
     let mut segments: Vec<Segment> = Vec::new();
-    let end = disk.size().min(LOOK);
+    let end = disk.size().min(look);
     let lease = disk.map(0..end, &mut segments).ok()?;
     let mut pieces: Vec<(Range<u64>, Piece)> = Vec::new();
     for s in &segments {
@@ -67,6 +75,11 @@ pub fn read(store: &MemoryStore, source: &Source, node: Option<Guid>) -> Option<
 }
 
 impl Reading {
+    /// True when every byte looked at is known.
+    pub fn is_whole(&self) -> bool {
+        self.pieces.iter().all(|(_, p)| *p != Piece::Unknown)
+    }
+
     /// The first byte that could be read and reads otherwise in `later`, outside of `excepted`.
     pub fn lost_in(&self, later: Option<&Reading>, excepted: &[Range<u64>]) -> Option<u64> {
         if self.size == 0 {

@@ -1,0 +1,104 @@
+//! Something done while the user's command has a file system frozen.
+//!
+//! The thaw is in the hands of a process of its own from before the freeze on: it runs when our end of
+//! a pipe is closed, which we do, or our death does, or when the time is up. It is in a process group
+//! of its own, so an interrupt at the terminal does not reach it.
+
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use ploop::{Error, Kind, Result};
+
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Waits for the end of the pipe, at most so many seconds, and thaws.
+const GUARD: &str = r#"timeout "$1" cat > /dev/null; exec sh -c "$2""#;
+
+/// Runs `work` between the two commands; each of the three has `limit`. Whatever happens, `thaw` runs
+/// once. Error: theirs, and `Io` when it was thawed before `work` had ended: what that did is then
+/// not of a frozen file system.
+pub(super) fn during<T>(
+    freeze: &str,
+    thaw: &str,
+    limit: Duration,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    // Both of what happens before it.
+    let frozen = limit * 2;
+    let mut guard = Command::new("sh")
+        .args(["-c", GUARD, "sh"])
+        .arg(frozen.as_secs().max(1).to_string())
+        .arg(thaw)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .map_err(|e| Error::io("start", "sh", e))?;
+    let began = Instant::now();
+    let done = run(freeze, limit).and_then(|()| work());
+    let late = began.elapsed() >= frozen || !matches!(guard.try_wait(), Ok(None));
+    drop(guard.stdin.take());
+    let thawed = wait(&mut guard, limit, thaw);
+    let done = done?;
+    thawed.map_err(|e| {
+        e.fix(
+            "Thaw it by hand. The backup has begun: the same command goes on with it, and \
+               --abandon drops it",
+        )
+    })?;
+    if late {
+        let what = format!(
+            "it was thawed after {} s, before the instant",
+            frozen.as_secs()
+        );
+        return Err(Error::new(Kind::Io, what)
+            .fix("Drop the backup with --abandon; give it more time with --hook-timeout"));
+    }
+    Ok(done)
+}
+
+fn run(command: &str, limit: Duration) -> Result<()> {
+    let mut child = Command::new("sh")
+        .args(["-c", command])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .map_err(|e| Error::io("start", "sh", e))?;
+    wait(&mut child, limit, command)
+}
+
+/// Waits for a command that succeeds; one that takes too long is killed with all that it started.
+fn wait(child: &mut Child, limit: Duration, command: &str) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) => {
+                let what = format!("`{command}` failed: {}", shown(status));
+                return Err(Error::new(Kind::Io, what));
+            }
+            Ok(None) if began.elapsed() < limit => std::thread::sleep(LOOK_AGAIN),
+            Ok(None) => {
+                let group = rustix::process::Pid::from_child(child);
+                let kill = rustix::process::Signal::KILL;
+                if let Err(e) = rustix::process::kill_process_group(group, kill) {
+                    tracing::warn!(command, error = %e, "a command that takes too long goes on");
+                }
+                drop(child.wait());
+                let what = format!("`{command}` took more than {} s", limit.as_secs());
+                return Err(Error::new(Kind::Io, what));
+            }
+            Err(e) => return Err(Error::io("wait for", command, e)),
+        }
+    }
+}
+
+fn shown(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (_, Some(signal)) => format!("signal {signal}"),
+        _ => "no exit code".to_owned(),
+    }
+}

@@ -1,0 +1,83 @@
+//! Reaching servers, as often as it takes.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::hold::agree::Failed;
+use crate::hold::line::{Address, Line};
+
+/// Pauses between two tries to reach a server.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+pub(super) const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How long a server may take for a connection and what is said at first, before another is tried.
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(60);
+
+/// Reaches servers.
+#[derive(Clone, Debug)]
+pub(super) struct Dialer {
+    pub(super) to: watch::Receiver<Address>,
+    /// How long a client waits for a server; `None`: for ever.
+    pub(super) patience: Option<Duration>,
+}
+
+/// Asks one server; says in the log, once, that it is not there.
+struct Tries {
+    pause: Duration,
+    said: bool,
+}
+
+impl Dialer {
+    /// Tries servers until `greet` succeeds with one. Error: `Ended`, or why patience is over.
+    pub(super) async fn until_there<T>(
+        &self,
+        greet: impl AsyncFn(Line) -> Result<T, Failed>,
+    ) -> Result<T, String> {
+        let found = self.tries(greet);
+        let Some(patience) = self.patience else {
+            return found.await;
+        };
+        let late = format!("no server for {} s", patience.as_secs());
+        tokio::time::timeout(patience, found)
+            .await
+            .unwrap_or(Err(late))
+    }
+
+    async fn tries<T>(&self, greet: impl AsyncFn(Line) -> Result<T, Failed>) -> Result<T, String> {
+        let mut tries = Tries {
+            pause: PAUSE_MIN,
+            said: false,
+        };
+        let mut to = self.to.clone();
+        loop {
+            let address = to.borrow_and_update().clone();
+            let tried = async { greet(address.connect().await?).await };
+            let tried = tokio::select! {
+                tried = tokio::time::timeout(HANDSHAKE, tried) => tried,
+                // Whatever this one would have said.
+                _ = to.changed() => continue,
+            };
+            match tried {
+                Ok(Ok(found)) => return Ok(found),
+                Ok(Err(Failed::Ended(why))) => return Err(why),
+                Ok(Err(Failed::Lost(e))) => tries.say(&address, &e.to_string()),
+                Ok(Err(Failed::Refused(why))) => tries.say(&address, &why),
+                Err(_) => tries.say(&address, "it does not answer"),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(tries.pause) => {}
+                // A new address is tried at once.
+                _ = to.changed() => tries.pause = PAUSE_MIN,
+            }
+            tries.pause = (tries.pause * 2).min(PAUSE_MAX);
+        }
+    }
+}
+
+impl Tries {
+    fn say(&mut self, address: &Address, why: &str) {
+        if !std::mem::replace(&mut self.said, true) {
+            tracing::info!(server = %address, why, "no server; trying again");
+        }
+    }
+}
