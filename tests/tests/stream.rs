@@ -10,13 +10,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ploop::Kind;
-use ploop::descriptor::Descriptor;
-use ploop::disk::open::{OpenOptions, Source};
+use ploop::descriptor::{Descriptor, ImageKind};
+use ploop::disk::open::{DESCRIPTOR, OpenOptions, Source};
 use ploop::format::ploop::Version;
 use ploop::format::ploop::delta::read_header;
 use ploop::store::{Access, Store};
 use ploop_tests::stream::{
-    container, everything, go_back, grown, host, received, sent, shows, snapshot, state, write,
+    DIR, container, everything, go_back, grown, host, of_version, received, sent, shows, snapshot,
+    state, write,
 };
 use snapshots::place::Place;
 use snapshots::rootfs::BuildOptions;
@@ -317,6 +318,88 @@ fn a_template_that_is_there_is_not_sent() {
         };
         let e = sent(&from, "src", &options).unwrap_err();
         assert_eq!(e.kind(), kind, "{e}");
+    }
+}
+
+/// A chain has one version: what stands on images of another one could not be opened.
+#[test]
+fn images_of_another_version_than_what_they_stand_on_are_refused() {
+    let ((_, from), (store, to)) = (host(), host());
+    import(&from, "base");
+    import(&to, "base");
+    create_container(&from, "src", "base", &CreateOptions::default(), &|_, _| ()).unwrap();
+    write(&from, "src", 100_000, &[0xAA; 5000]);
+    snapshot(&from, "src", "a");
+    let on_template = SendOptions {
+        reference: Some("base".to_owned()),
+        ..state("a")
+    };
+    let first = sent(&from, "src", &on_template).unwrap();
+    let before = everything(&store);
+    let e = received(&to, "dst", &of_version(&first, 1), false).unwrap_err();
+    assert!(e.to_string().contains("format version 1"), "{e}");
+    assert!(everything(&store) == before);
+    received(&to, "dst", &first, false).unwrap();
+
+    write(&from, "src", 300_000, &[0xBB; 50]);
+    snapshot(&from, "src", "b");
+    let on_snapshot = SendOptions {
+        from: Some("a".to_owned()),
+        ..state("b")
+    };
+    let second = sent(&from, "src", &on_snapshot).unwrap();
+    let before = everything(&store);
+    let e = received(&to, "dst", &of_version(&second, 1), false).unwrap_err();
+    assert!(e.to_string().contains("version 1"), "{e}");
+    assert!(everything(&store) == before);
+    received(&to, "dst", &second, false).unwrap();
+    assert_eq!(shows(&to, "dst", None), shows(&from, "src", Some("b")));
+}
+
+/// A raw base is sent as an image of the version that the others have, also when it goes alone.
+#[test]
+fn a_raw_base_arrives_below_images_of_either_version() {
+    for version in [Version::V1, Version::V2] {
+        let ((_, from), (_, to)) = (host(), host());
+        container(&from, "src", version, 64, 8 * 32768);
+        write(&from, "src", 0, &[1; 9000]);
+        let store = from.opener().store();
+        let dir = Path::new(DIR).join("containers/src");
+        // Its base becomes a raw file that shows the same.
+        let (d, shown) = (descriptor(&from, "src"), shows(&from, "src", None));
+        snapshot(&from, "src", "base");
+        let mut tree = descriptor(&from, "src");
+        let base = tree.images.iter_mut().find(|i| i.guid != tree.top).unwrap();
+        assert_eq!(base.file, d.images[0].file);
+        base.kind = ImageKind::Plain;
+        let path = dir.join(&base.file);
+        store.remove_file(&path).unwrap();
+        let raw = store.create(&path, 0o600).unwrap();
+        raw.write_at(&shown, 0).unwrap();
+        let xml = store.open(&dir.join(DESCRIPTOR), Access::Write).unwrap();
+        xml.set_len(0).unwrap();
+        xml.write_at(&tree.to_xml(), 0).unwrap();
+        assert!(descriptor(&from, "src").base_is_raw());
+
+        write(&from, "src", 4096, &[2; 100]);
+        snapshot(&from, "src", "upper");
+        let tree = sent(&from, "src", &SendOptions::default()).unwrap();
+        received(&to, "tree", &tree, false).unwrap();
+        assert_eq!(shows(&to, "tree", None), shows(&from, "src", None));
+        assert_eq!(shows(&to, "tree", Some("base")), shown);
+        received(
+            &to,
+            "alone",
+            &sent(&from, "src", &state("base")).unwrap(),
+            false,
+        )
+        .unwrap();
+        let rest = SendOptions {
+            from: Some("base".to_owned()),
+            ..state("upper")
+        };
+        received(&to, "alone", &sent(&from, "src", &rest).unwrap(), false).unwrap();
+        assert_eq!(shows(&to, "alone", None), shows(&from, "src", None));
     }
 }
 

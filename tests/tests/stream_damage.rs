@@ -269,6 +269,22 @@ fn numbers_and_names_that_no_disk_can_have_are_refused() {
 }
 
 #[test]
+fn images_of_two_versions_in_one_disk_are_refused() {
+    let to = Empty::new();
+    let id = "{00000000-0000-0000-0000-000000000001}";
+    let base = with(with(image(), "guid", json!(id)), "meta", json!({}));
+    let top = with(image(), "parent", json!(id));
+    let frames = [
+        frame(Type::Disk, &with(disk(), "images", json!(2))),
+        frame(Type::Image, &with(base, "version", json!(1))),
+        frame(Type::Image, &top),
+        frame(Type::Begin, &json!({ "image": 0 })),
+    ];
+    let e = to.refuses(&made(0, &frames), "two versions");
+    assert!(e.to_string().contains("two versions"), "{e}");
+}
+
+#[test]
 fn data_that_belongs_nowhere_is_refused() {
     let to = Empty::new();
     let records = [frame(Type::Disk, &disk()), frame(Type::Image, &image())];

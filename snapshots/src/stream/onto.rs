@@ -195,7 +195,6 @@ fn only(manifest: &Manifest) -> Result<&Image> {
     manifest.images.last().ok_or_else(none)
 }
 
-/// Virtual size of the image of a node.
 /// Bytes that the image of `node` shows, and its format's version, which a raw one does not have.
 fn size_of(place: &Place<'_>, d: &Descriptor, node: Guid) -> Result<(u64, Option<u32>)> {
     let none = || Error::corrupt(format!("snapshot {node} has no image")).on(place.dir());

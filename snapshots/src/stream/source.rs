@@ -36,6 +36,8 @@ pub(super) struct Opened {
     pub(super) d: Descriptor,
     pub(super) meta: Meta,
     deltas: Deltas,
+    /// What its images have. A raw one is sent as an image of this version: a chain has one.
+    version: Version,
     _held: Option<DiskLock>,
 }
 
@@ -61,10 +63,12 @@ impl Opened {
                 continue;
             }
             let (meta, deltas) = opened?;
+            let version = version_of(place, &d)?;
             return Ok(Opened {
                 d,
                 meta,
                 deltas,
+                version,
                 _held: held,
             });
         }
@@ -140,7 +144,7 @@ impl Opened {
             true => {
                 let size = upper.size().checked_next_multiple_of(cluster);
                 let what = || Error::corrupt("the disk is too large").on(upper.file().path());
-                (Version::V2, size.ok_or_else(what)?)
+                (self.version, size.ok_or_else(what)?)
             }
             false => {
                 let (header, _) = read_header(upper.file().as_ref())?;
@@ -239,6 +243,18 @@ fn refuse(place: &Place<'_>, d: &Descriptor, image: &Image) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The version of the disk's images, those that are not sent among them: what is sent now and what
+/// is sent later have to fit.
+fn version_of(place: &Place<'_>, d: &Descriptor) -> Result<Version> {
+    match d.images.iter().find(|i| !is_raw(d, i.guid)) {
+        Some(image) => {
+            let file = place.store().open(&place.file_of(image)?, Access::Read)?;
+            Ok(read_header(file.as_ref())?.0.version)
+        }
+        None => Ok(Version::V2),
+    }
 }
 
 /// Opens an image as a layer; that locks it against whoever would rewrite it.
