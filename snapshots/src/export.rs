@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ploop::descriptor::{Descriptor, Encryption, Guid, Image, ImageKind, Shot, Temporary};
+use ploop::descriptor::{Descriptor, Encryption, Guid, Image, ImageKind, Temporary};
 use ploop::disk::info::data_bytes;
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
@@ -385,19 +385,11 @@ impl Plan {
         let cluster = self.cluster_sectors;
         let mut d = Descriptor::new_single(sectors, cluster, self.raw, base.guid, file)?;
         for node in others {
-            d.images.push(Image {
-                guid: node.guid,
-                kind: match node.raw {
-                    true => ImageKind::Plain,
-                    false => ImageKind::Compressed,
-                },
-                file: node.file.clone(),
-            });
-            d.shots.push(Shot {
-                guid: node.guid,
-                parent: node.parent,
-                temporary: Temporary::No,
-            });
+            let kind = match node.raw {
+                true => ImageKind::Plain,
+                false => ImageKind::Compressed,
+            };
+            d.push_node(node.guid, node.parent, kind, node.file.clone());
         }
         d.top = Guid::TOP;
         d.encryption.clone_from(&self.encryption);

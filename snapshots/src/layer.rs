@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ploop::chain::Chain;
-use ploop::descriptor::{Descriptor, Encryption, Guid, Image, ImageKind, Shot, Temporary};
+use ploop::descriptor::{Descriptor, Encryption, Guid, ImageKind};
 use ploop::disk::Disk;
 use ploop::disk::open::Source;
 use ploop::error::{Error, Kind, Result};
@@ -249,16 +249,7 @@ impl Sealed {
         let sectors = size / SECTOR;
         let mut d = Descriptor::new_single(sectors, self.cluster_sectors, false, parent, file)?;
         for (guid, file) in nodes {
-            d.images.push(Image {
-                guid,
-                kind: ImageKind::Compressed,
-                file,
-            });
-            d.shots.push(Shot {
-                guid,
-                parent,
-                temporary: Temporary::No,
-            });
+            d.push_node(guid, parent, ImageKind::Compressed, file);
             parent = guid;
         }
         d.top = parent;

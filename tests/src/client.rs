@@ -322,6 +322,17 @@ impl Client {
         read_replies(&mut self.socket, asks)
     }
 
+    /// Takes the next reply, to a request that answers without data; its cookie.
+    pub fn next_answered(&mut self) -> u64 {
+        // A simple reply, or a chunk without payload: in both the cookie is there.
+        let mut head = [0; 16];
+        self.socket.read_exact(&mut head).unwrap();
+        if !head.starts_with(&SIMPLE_MAGIC.to_be_bytes()) {
+            self.socket.read_exact(&mut [0; 4]).unwrap();
+        }
+        u64::from_be_bytes(*head[8..].first_chunk().unwrap())
+    }
+
     /// One request, one answer.
     pub fn ask(&mut self, ask: Ask) -> Reply {
         self.exchange(&[ask]).remove(0)

@@ -1,6 +1,7 @@
 //! Programs of the host that tests need. A missing one fails the test with the line that installs
 //! it.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -66,24 +67,26 @@ pub fn run(command: &mut Command) -> Output {
 /// A command for the `ploop` of this checkout, in the profile that the running test was built in.
 /// Built at the first call of a process, so it is never older than the sources.
 pub fn ploop() -> Command {
-    let mut command = Command::new(ploop_path());
-    command
-        .env("LC_ALL", "C")
-        .env_remove("PLOOP_ROOT")
-        .env_remove("RUST_LOG");
-    command
+    program("ploop")
 }
 
 /// Where the `ploop` of [`ploop()`] is.
 pub fn ploop_path() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| build("ploop-cli", "ploop"))
+    path_of("ploop")
 }
 
 /// A command for the `ploopd` of this checkout, as [`ploop()`].
 pub fn ploopd() -> Command {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let mut command = Command::new(BUILT.get_or_init(|| build("ploop-nbd-server", "ploopd")));
+    program("ploopd")
+}
+
+/// A command for the `fsck.ploop` of this checkout, as [`ploop()`].
+pub fn fsck_ploop() -> Command {
+    program("fsck-ploop")
+}
+
+fn program(name: &str) -> Command {
+    let mut command = Command::new(path_of(name));
     command
         .env("LC_ALL", "C")
         .env_remove("PLOOP_ROOT")
@@ -91,15 +94,15 @@ pub fn ploopd() -> Command {
     command
 }
 
-/// A command for the `fsck.ploop` of this checkout, as [`ploop()`].
-pub fn fsck_ploop() -> Command {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let mut command = Command::new(BUILT.get_or_init(|| build("ploop-fsck", "fsck-ploop")));
-    command.env("LC_ALL", "C");
-    command
+fn path_of(program: &str) -> &'static Path {
+    static BUILT: OnceLock<HashMap<String, PathBuf>> = OnceLock::new();
+    let path = BUILT.get_or_init(build).get(program);
+    path.unwrap_or_else(|| panic!("cargo names no executable of {program}"))
 }
 
-fn build(package: &str, program: &str) -> PathBuf {
+/// Builds all programs, with the features that the whole workspace asks for: one program alone would
+/// be built on libraries of its own.
+fn build() -> HashMap<String, PathBuf> {
     // TARGET/PROFILE/deps/TEST-HASH
     let test = std::env::current_exe().unwrap();
     let profile = test.parent().and_then(Path::parent).unwrap();
@@ -109,7 +112,7 @@ fn build(package: &str, program: &str) -> PathBuf {
     };
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
-        .args(["build", "--quiet", "-p", package, "--bin", program])
+        .args(["build", "--quiet", "--workspace", "--bins"])
         .args(["--profile", profile_name])
         .args(["--message-format", "json-render-diagnostics"])
         .arg("--target-dir")
@@ -118,9 +121,11 @@ fn build(package: &str, program: &str) -> PathBuf {
     let out = run(&mut cargo).stdout;
     let messages = out
         .split(|&b| b == b'\n')
-        .filter_map(|l| serde_json::from_slice(l).ok());
-    let path = messages
-        .filter(|m: &Value| m["target"]["name"] == program)
-        .find_map(|m| Some(PathBuf::from(m["executable"].as_str()?)));
-    path.unwrap_or_else(|| panic!("cargo names no executable of {program}"))
+        .filter_map(|l| serde_json::from_slice::<Value>(l).ok());
+    messages
+        .filter_map(|m| {
+            let path = PathBuf::from(m["executable"].as_str()?);
+            Some((m["target"]["name"].as_str()?.to_owned(), path))
+        })
+        .collect()
 }

@@ -33,13 +33,6 @@ fn run(fx: &Fixture, steps: &[Step]) -> (RecordingStore, History) {
     (store, history)
 }
 
-fn sweep(fx: &Fixture, steps: &[Step], sweep: &Sweep, what: &str) -> Tally {
-    let (store, history) = run(fx, steps);
-    sweep
-        .check(fx, &store, &history)
-        .unwrap_or_else(|e| panic!("{what}: {e}"))
-}
-
 /// Every start image of a version: all shapes, bare and on a base.
 fn fixtures(version: Version, clusters: u64) -> Vec<Fixture> {
     let both = |shape| [true, false].map(|base| Fixture::new(version, shape, base, clusters));
@@ -54,7 +47,7 @@ fn every_story(version: Version) {
     let mut all = Tally::default();
     for fx in fixtures(version, workload::STORY_CLUSTERS) {
         for (name, steps) in workload::stories() {
-            all += sweep(&fx, &steps, &sweeper, name);
+            all += sweeper.steps(&fx, &steps, name);
         }
     }
     all.report_stories();
@@ -94,15 +87,11 @@ fn states_of_seeded_runs_are_right() {
             seed,
         };
         let what = format!("PLOOP_CRASH_SEED={seed}");
-        let tally = sweep(
-            &fx,
-            &steps,
-            &Sweep {
-                budget,
-                work_every: 5,
-            },
-            &what,
-        );
+        let sweeper = Sweep {
+            budget,
+            work_every: 5,
+        };
+        let tally = sweeper.steps(&fx, &steps, &what);
         println!("seed {seed}: {tally}, {}", fx.name);
         all += tally;
     }
@@ -129,7 +118,7 @@ fn entries_in_two_sectors_of_the_table_are_each_complete() {
     for version in [Version::V1, Version::V2] {
         for shape in [Shape::Empty, Shape::Dirty] {
             let fx = Fixture::new(version, shape, false, 120);
-            sweep(&fx, &steps, &sweeper, "two sectors of the table");
+            sweeper.steps(&fx, &steps, "two sectors of the table");
         }
     }
 }

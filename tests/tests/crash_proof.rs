@@ -18,8 +18,8 @@ use ploop::store::memory::MemoryStore;
 use ploop::store::recording::Budget;
 use ploop::store::{SECTOR, Store};
 use ploop_tests::crash::front::{FrontStore, Kind, killed};
-use ploop_tests::crash::proof::{Proof, Scenario, Verdict};
-use ploop_tests::crash::{CLUSTER_SECTORS, Fixture, History, Runner, Shape, Step, Sweep, workload};
+use ploop_tests::crash::proof::{Proof, Scenario, Verdict, judged};
+use ploop_tests::crash::{CLUSTER_SECTORS, Fixture, History, Runner, Shape, Step, workload};
 use snapshots::merge::{Merge, Step as MergeStep};
 use snapshots::place::Place;
 use snapshots::snapshot::{NewSnapshot, take_offline};
@@ -29,32 +29,6 @@ const FILES: &[&str] = &[
     "ploop/src/format/ploop/durable.rs",
     "ploop/src/format/ploop/journal/mod.rs",
 ];
-
-fn scenario<'a>(fx: &'a Fixture, name: &str, steps: &'a [Step]) -> Scenario<'a> {
-    Scenario {
-        name: format!("{name}, {}", fx.name),
-        start: fx.start.clone(),
-        run: Box::new(move |front, store| {
-            let history = History::new(store, fx.initial.clone(), fx.closed());
-            Runner::new(fx, front, &history).run(steps);
-            let store = store.clone();
-            let check = move || {
-                let budget = Budget {
-                    exhaustive_units: 8,
-                    seeded: 40,
-                    seed: 0,
-                };
-                Sweep {
-                    budget,
-                    work_every: 1,
-                }
-                .check(fx, &store, &history)
-                .map(drop)
-            };
-            Box::new(check) as Verdict<'a>
-        }),
-    }
-}
 
 /// The same for a process that is killed when it is about to sync for the first time after it did
 /// `what` to its journal `times` times; another one does `next`.
@@ -85,19 +59,7 @@ fn killed_scenario<'a>(
             assert!(steps.iter().any(|step| runner.step(step).is_err()));
             runner.die();
             Runner::new(fx, front, &history).run(next);
-            let store = store.clone();
-            let check = move || {
-                let sweep = Sweep {
-                    budget: Budget {
-                        exhaustive_units: 8,
-                        seeded: 40,
-                        seed: 0,
-                    },
-                    work_every: 1,
-                };
-                sweep.check(fx, &store, &history).map(drop)
-            };
-            Box::new(check) as Verdict<'a>
+            judged(fx, store, history)
         }),
     }
 }
@@ -210,7 +172,7 @@ fn every_sync_of_the_writable_image_is_needed_where_it_is() {
     ] {
         let fx = Fixture::new(version, shape, overlay, workload::STORY_CLUSTERS);
         for (name, steps) in &stories {
-            proof.add(&scenario(&fx, name, steps), FILES);
+            proof.add(&Scenario::of(&fx, name, steps), FILES);
         }
     }
     let c = CLUSTER_SECTORS;

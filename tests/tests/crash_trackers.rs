@@ -15,9 +15,9 @@ use ploop::store::recording::{Budget, RecordingStore};
 use ploop::tracker::Id;
 use ploop_tests::crash::Step::{Close, Compact, Flush, Fua, Grow, Kill, Write, Zero};
 use ploop_tests::crash::history::payload;
-use ploop_tests::crash::proof::{Proof, Scenario, Verdict};
+use ploop_tests::crash::proof::{Proof, Scenario};
 use ploop_tests::crash::{
-    CLUSTER_SECTORS as C, Fixture, History, Rng, Runner, Shape, Step, Sweep, Tally, env, workload,
+    CLUSTER_SECTORS as C, Fixture, Rng, Shape, Step, Sweep, Tally, env, workload,
 };
 
 const FILES: &[&str] = &[
@@ -29,16 +29,12 @@ const SHOWN: u64 = 14;
 /// The first size whose table needs a second cluster.
 const SECOND: u64 = (32768 - 64) / 4 + 1;
 
-fn sweep(fx: &Fixture, steps: &[Step], budget: Budget, what: &str) -> Tally {
-    let store = RecordingStore::on(&fx.start);
-    let history = History::new(&store, fx.initial.clone(), fx.closed());
-    Runner::new(fx, store.store(), &history).run(steps);
-    let sweep = Sweep {
+/// One state of seven is also worked with.
+fn sweep(budget: Budget) -> Sweep {
+    Sweep {
         budget,
         work_every: 7,
-    };
-    let tally = sweep.check(fx, &store, &history);
-    tally.unwrap_or_else(|e| panic!("{what}: {e}"))
+    }
 }
 
 fn stories() -> Vec<(&'static str, Vec<Step>)> {
@@ -88,7 +84,7 @@ fn no_bit_is_missing_in_any_state() {
         let fx = Fixture::new(version, shape, base, CLUSTERS);
         let fx = fx.tracked().showing(SHOWN);
         for (name, steps) in stories() {
-            all += sweep(&fx, &steps, Budget::default(), name);
+            all += sweep(Budget::default()).steps(&fx, &steps, name);
         }
     }
     println!("{all}");
@@ -112,7 +108,7 @@ fn no_bit_is_missing_in_seeded_runs() {
             seeded: 8,
             seed,
         };
-        all += sweep(&fx, &steps, budget, &format!("PLOOP_CRASH_SEED={seed}"));
+        all += sweep(budget).steps(&fx, &steps, &format!("PLOOP_CRASH_SEED={seed}"));
     }
     println!("{all}");
 }
@@ -125,7 +121,7 @@ fn every_sync_of_trackers_is_needed_where_it_is() {
         let fx = Fixture::new(version, Shape::Used, base, CLUSTERS);
         let fx = fx.tracked().showing(SHOWN);
         for (name, steps) in stories().into_iter().take(4) {
-            proof.add(&scenario(&fx, name, &steps), FILES);
+            proof.add(&Scenario::of(&fx, name, &steps), FILES);
         }
     }
     // Three regions: written to before, written to after, and never.
@@ -148,33 +144,9 @@ fn every_sync_of_trackers_is_needed_where_it_is() {
             vec![first, Close, second, Flush, Kill, Flush],
         ),
     ] {
-        proof.add(&scenario(&fx, name, &steps), FILES);
+        proof.add(&Scenario::of(&fx, name, &steps), FILES);
     }
     proof.verdict(FILES);
-}
-
-fn scenario<'a>(fx: &'a Fixture, name: &str, steps: &'a [Step]) -> Scenario<'a> {
-    Scenario {
-        name: format!("{name}, {}", fx.name),
-        start: fx.start.clone(),
-        run: Box::new(move |front, store| {
-            let history = History::new(store, fx.initial.clone(), fx.closed());
-            Runner::new(fx, front, &history).run(steps);
-            let store = store.clone();
-            let check = move || {
-                let sweep = Sweep {
-                    budget: Budget {
-                        exhaustive_units: 8,
-                        seeded: 40,
-                        seed: 0,
-                    },
-                    work_every: 1,
-                };
-                sweep.check(fx, &store, &history).map(drop)
-            };
-            Box::new(check) as Verdict<'a>
-        }),
-    }
 }
 
 /// Marks that a run leaves in the log.

@@ -197,11 +197,22 @@ impl Descriptor {
     }
 
     fn push_top(&mut self, parent: Guid, file: String) {
-        let guid = self.top;
+        self.push_node(self.top, parent, ImageKind::Compressed, file);
+    }
+
+    /// Adds a node of one image. Who builds a tree of them looks at it with [`Descriptor::check`]:
+    /// here nothing is refused.
+    pub fn push_node(
+        &mut self,
+        guid: Guid,
+        parent: Guid,
+        kind: ImageKind,
+        file: impl Into<String>,
+    ) {
         self.images.push(Image {
             guid,
-            kind: ImageKind::Compressed,
-            file,
+            kind,
+            file: file.into(),
         });
         self.shots.push(Shot {
             guid,

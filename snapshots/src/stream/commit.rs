@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ploop::descriptor::{Descriptor, Guid, Image as Named, ImageKind, Shot, Temporary};
+use ploop::descriptor::{Descriptor, Guid, ImageKind};
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::create;
@@ -170,7 +170,8 @@ impl Made<'_> {
             }
         };
         for (guid, parent, file) in nodes {
-            push(&mut d, guid, parent.unwrap_or(Guid::NONE), file);
+            let parent = parent.unwrap_or(Guid::NONE);
+            d.push_node(guid, parent, ImageKind::Compressed, file);
         }
         d.top = Guid::TOP;
         d.check()?;
@@ -234,18 +235,4 @@ pub(super) fn guid_key(image: &Image) -> Result<String> {
 /// True when the hash of the image is that of what its node shows.
 fn shows_itself(disk: &super::Disk, image: &Image) -> bool {
     disk.base.is_none() && image.parent.is_none() && image.limit.is_none()
-}
-
-/// Adds a node to a descriptor.
-pub(super) fn push(d: &mut Descriptor, guid: Guid, parent: Guid, file: String) {
-    d.images.push(Named {
-        guid,
-        kind: ImageKind::Compressed,
-        file,
-    });
-    d.shots.push(Shot {
-        guid,
-        parent,
-        temporary: Temporary::No,
-    });
 }

@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use ploop::descriptor::{Descriptor, Guid};
+use ploop::descriptor::{Descriptor, Guid, ImageKind};
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::create;
 use ploop::format::ploop::delta::read_header;
@@ -16,7 +16,7 @@ use ploop::format::ploop::top::Top;
 use ploop::locks::{DiskLock, Use, lock_image};
 use ploop::store::Access;
 
-use super::commit::{guid_key, push};
+use super::commit::guid_key;
 use super::manifest::{Image, Manifest};
 use super::source::content;
 use crate::life;
@@ -111,7 +111,7 @@ impl<'a> Onto<'a> {
         }
         let old = self.empty_top(&next, &before)?;
         let top = Place::new_file_name(&next);
-        push(&mut next, guid, self.on, file.clone());
+        next.push_node(guid, self.on, ImageKind::Compressed, file.clone());
         if let Some(old) = &old {
             meta.files.extend([top.clone(), old.clone()]);
             if let Some(limit) = image.limit {

@@ -13,7 +13,11 @@ use ploop::store::Store;
 use ploop::store::memory::MemoryStore;
 use ploop::store::recording::RecordingStore;
 
+use super::fixture::Fixture;
+use super::history::History;
 use super::reorder::{Order, ReorderingStore, SyncCall};
+use super::sweep::Sweep;
+use super::workload::{Runner, Step};
 
 /// Judges all states of a run. The error is the first violation.
 pub type Verdict<'a> = Box<dyn FnOnce() -> Result<(), String> + 'a>;
@@ -29,6 +33,27 @@ pub struct Scenario<'a> {
     pub start: MemoryStore,
     /// What is done.
     pub run: Run<'a>,
+}
+
+impl<'a> Scenario<'a> {
+    /// These steps on this image.
+    pub fn of(fx: &'a Fixture, name: &str, steps: &'a [Step]) -> Scenario<'a> {
+        Scenario {
+            name: format!("{name}, {}", fx.name),
+            start: fx.start.clone(),
+            run: Box::new(move |front, store| {
+                let history = History::new(store, fx.initial.clone(), fx.closed());
+                Runner::new(fx, front, &history).run(steps);
+                judged(fx, store, history)
+            }),
+        }
+    }
+}
+
+/// Judges a run of steps briefly.
+pub fn judged<'a>(fx: &'a Fixture, store: &RecordingStore, history: History) -> Verdict<'a> {
+    let store = store.clone();
+    Box::new(move || Sweep::brief().check(fx, &store, &history).map(drop))
 }
 
 /// What is done to a sync.

@@ -7,6 +7,7 @@ use ploop::store::recording::{Budget, RecordingStore};
 use super::fixture::Fixture;
 use super::history::History;
 use super::judge::{Depth, judge};
+use super::workload::{Runner, Step};
 
 /// How thoroughly the states of a run are looked at.
 #[derive(Clone, Debug)]
@@ -56,6 +57,27 @@ impl std::ops::AddAssign for Tally {
 }
 
 impl Sweep {
+    /// Few states, each worked with: for runs that are repeated with every sync left out.
+    pub fn brief() -> Sweep {
+        Sweep {
+            budget: Budget {
+                exhaustive_units: 8,
+                seeded: 40,
+                seed: 0,
+            },
+            work_every: 1,
+        }
+    }
+
+    /// Does these steps and judges every state of them. Panics at the first violation.
+    pub fn steps(&self, fx: &Fixture, steps: &[Step], what: &str) -> Tally {
+        let store = RecordingStore::on(&fx.start);
+        let history = History::new(&store, fx.initial.clone(), fx.closed());
+        Runner::new(fx, store.store(), &history).run(steps);
+        self.check(fx, &store, &history)
+            .unwrap_or_else(|e| panic!("{what}: {e}"))
+    }
+
     /// Judges every state of a run. An error is the first violation, with all that is needed to
     /// repeat it.
     pub fn check(
