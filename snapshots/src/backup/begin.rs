@@ -402,7 +402,7 @@ fn resolved(place: &Place<'_>, file: &Path) -> Result<PathBuf> {
 
 /// Refuses a target of which something is there.
 fn refuse_taken(place: &Place<'_>, target: &Path) -> Result<()> {
-    for more in ["", ".part", ".json"] {
+    for more in ["", ".part", ".part.json", ".json"] {
         let path = beside(target, more);
         if place.store().kind(&path)?.is_some() {
             return Err(
