@@ -16,7 +16,7 @@ use ploop_tests::client::Ask;
 use ploop_tests::crash::{Rng, env};
 use ploop_tests::daemon::Daemon;
 use ploop_tests::mount::{Mounted, MountedExport, e2fsck};
-use ploop_tests::server::{out, qemu_check};
+use ploop_tests::server::{out, pattern, qemu_check};
 use ploop_tests::store::{Rig, assert_unchanged};
 use ploop_tests::tools::{run, tool};
 use ploop_tests::treehash::{Tree, tree};
@@ -293,6 +293,25 @@ fn a_flattened_disk_is_one_image_of_its_size_and_stands_on_nothing() {
     resized(&rig, &["ct", "200M"]);
     assert!(files(&rig, "ct") == before);
     sound(&rig, "ct");
+}
+
+/// Goal: an increment lacks nothing of what flattening wrote over. Method: free blocks are full where
+/// the new end's partition table has zeros; what the increment's chain shows is what the disk shows.
+#[test]
+fn an_increment_over_flattening_has_what_became_zeros() {
+    let rig = Rig::new();
+    rig.small_template("t", &["ct"]);
+    resized(&rig, &["ct", "300M"]);
+    let daemon = Daemon::start(&rig);
+    let mut client = daemon.open("ct");
+    client.write(128 * MIB - 65536, &pattern(65536, 1));
+    client.disconnect();
+    daemon.stop();
+    let full = ["backup", "ct", "b0.qcow2", "--tracker", "night"];
+    rig.run(full.iter().chain(&["--granularity", "4K"]));
+    resized(&rig, &["ct", "128M", "--shrink", "--flatten"]);
+    rig.run(["backup", "ct", "b1.qcow2", "--since", "night"]);
+    assert_eq!(rig.content("b1.qcow2"), rig.content("ct"));
 }
 
 /// Goal: disks that are in no store, and what is no disk or cannot be read.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::Json;
+use super::{Json, OfDisk};
 use crate::output::parse_size;
 
 #[derive(Args, Debug)]
@@ -19,7 +19,7 @@ pub(crate) struct BackupArgs {
 impl BackupArgs {
     pub(crate) fn wants_json(&self) -> bool {
         match &self.command {
-            Some(Backup::Verify { json, .. } | Backup::List { json, .. }) => json.json,
+            Some(Backup::Verify { json, .. } | Backup::List(OfDisk { json, .. })) => json.json,
             None => self.new.json.json,
         }
     }
@@ -35,12 +35,7 @@ pub(crate) enum Backup {
         json: Json,
     },
     /// List the backups of a disk that have begun and not ended.
-    List {
-        /// The container, or the disk directory.
-        disk: String,
-        #[command(flatten)]
-        json: Json,
-    },
+    List(OfDisk),
 }
 
 #[derive(Args, Debug)]

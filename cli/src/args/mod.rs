@@ -164,6 +164,14 @@ pub(crate) struct Json {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct OfDisk {
+    /// The container, or the disk directory.
+    pub disk: String,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct List {
     /// Count what each container is charged for, too: reads where the files of each have data. Without
     /// it that is shown of those that ploopd has open under a quota.

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::Json;
 use super::openvz::OpenvzSnapshot;
+use super::{Json, OfDisk};
 use crate::output::parse_size;
 
 #[derive(Args, Debug)]
@@ -37,12 +37,7 @@ pub(crate) enum Snapshot {
         json: Json,
     },
     /// List the snapshots of a disk.
-    List {
-        /// The container, or the disk directory.
-        disk: String,
-        #[command(flatten)]
-        json: Json,
-    },
+    List(OfDisk),
     /// Go back to a snapshot. What was written since stays as a snapshot of its own.
     #[command(visible_alias = "rollback")]
     Switch {
@@ -110,7 +105,7 @@ impl Snapshot {
     pub(super) fn wants_json(&self) -> bool {
         match self {
             Snapshot::Create { json, .. }
-            | Snapshot::List { json, .. }
+            | Snapshot::List(OfDisk { json, .. })
             | Snapshot::Switch { json, .. }
             | Snapshot::Delete { json, .. }
             | Snapshot::Merge { json, .. } => json.json,
@@ -122,12 +117,7 @@ impl Snapshot {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Tracker {
     /// Show the trackers of a disk, and what they have.
-    List {
-        /// The container, or the disk directory.
-        disk: String,
-        #[command(flatten)]
-        json: Json,
-    },
+    List(OfDisk),
     /// Begin to track writes, at one instant.
     Start {
         /// The container, or the disk directory.
@@ -174,7 +164,7 @@ pub(crate) enum Tracker {
 impl Tracker {
     pub(super) fn wants_json(&self) -> bool {
         match self {
-            Tracker::List { json, .. }
+            Tracker::List(OfDisk { json, .. })
             | Tracker::Start { json, .. }
             | Tracker::Stop { json, .. }
             | Tracker::Clear { json, .. }

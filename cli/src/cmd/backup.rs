@@ -17,7 +17,7 @@ use crate::output::{Bar, age, duration, line, print_json, size, table};
 pub(crate) fn backup(root: &Path, b: &args::BackupArgs) -> Result<()> {
     match &b.command {
         Some(args::Backup::Verify { file, json }) => verify(file, *json),
-        Some(args::Backup::List { disk, json }) => list(root, disk, *json),
+        Some(args::Backup::List(of)) => list(root, &of.disk, of.json),
         None => make(root, &b.new),
     }
 }
@@ -69,11 +69,27 @@ fn make(root: &Path, b: &NewBackup) -> Result<()> {
         content: b.content,
     };
     let begin = || agent.begin_backup(&name, &start);
+    let drop_it = |begun: Backup| {
+        let job = agent.abandon_backup(&name, &begun.id, &mut |_, _| ())?;
+        match job.state {
+            JobState::Done => Ok(()),
+            _ => Err(Error::new(Kind::Io, job.message.unwrap_or_default())),
+        }
+    };
     let pending = match (&b.freeze, &b.thaw) {
         // One that goes on has its instant behind it.
         (Some(freeze), Some(thaw)) if begun.is_none() => {
             let limit = Duration::from_secs(u64::from(b.hook_timeout));
-            frozen::during(freeze, thaw, limit, begin)?
+            frozen::during(freeze, thaw, limit, begin, drop_it)?
+        }
+        (Some(_), _) => {
+            let pending = begin()?;
+            if !pending.resumed {
+                drop_it(pending)?;
+                let what = "the backup that was to go on is gone, and nothing was frozen";
+                return Err(Error::new(Kind::InUse, what).fix("Run the command again"));
+            }
+            pending
         }
         _ => begin()?,
     };
@@ -82,8 +98,16 @@ fn make(root: &Path, b: &NewBackup) -> Result<()> {
         bar.at("backup", done, Some(total));
     })?;
     drop(bar);
-    if b.json.json || job.state != JobState::Done {
-        return ended(disk, &job, b.json);
+    if b.json.json {
+        print_json(&job)?;
+    }
+    if job.state != JobState::Done {
+        let what = format!("the backup is not whole, it is {}", job.state.name());
+        let how = job.message.unwrap_or_default();
+        return Err(Error::new(Kind::Io, what).on(&pending.target).fix(how));
+    }
+    if b.json.json {
+        return Ok(());
     }
     told(&pending, job.message.as_deref().unwrap_or_default())
 }

@@ -15,17 +15,22 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Waits for the end of the pipe, at most so many seconds, and thaws.
 const GUARD: &str = r#"timeout "$1" cat > /dev/null; exec sh -c "$2""#;
 
+const BY_HAND: &str = "See whether it is still frozen, and thaw it by hand";
+
 /// Runs `work` between the two commands; each of the three has `limit`. Whatever happens, `thaw` runs
 /// once. Error: theirs, and `Io` when it was thawed before `work` had ended: what that did is then
-/// not of a frozen file system.
+/// not of a frozen file system, and `undo` takes it back, so that nobody goes on with it.
 pub(super) fn during<T>(
     freeze: &str,
     thaw: &str,
     limit: Duration,
     work: impl FnOnce() -> Result<T>,
+    undo: impl FnOnce(T) -> Result<()>,
 ) -> Result<T> {
     // Both of what happens before it.
     let frozen = limit * 2;
+    // Before the guard looks at its own clock: who is late here is late there.
+    let began = Instant::now();
     let mut guard = Command::new("sh")
         .args(["-c", GUARD, "sh"])
         .arg(frozen.as_secs().max(1).to_string())
@@ -35,26 +40,41 @@ pub(super) fn during<T>(
         .process_group(0)
         .spawn()
         .map_err(|e| Error::io("start", "sh", e))?;
-    let began = Instant::now();
     let done = run(freeze, limit).and_then(|()| work());
     let late = began.elapsed() >= frozen || !matches!(guard.try_wait(), Ok(None));
     drop(guard.stdin.take());
     let thawed = wait(&mut guard, limit, thaw);
-    let done = done?;
+    let done = match (done, &thawed) {
+        (Ok(done), _) => done,
+        (Err(e), Ok(())) => return Err(e),
+        (Err(e), Err(left)) => {
+            let what = format!("{e}; and then {left}");
+            return Err(Error::new(e.kind(), what).fix(BY_HAND));
+        }
+    };
+    if late {
+        let what = format!(
+            "it was thawed after {} s, before the instant",
+            frozen.as_secs()
+        );
+        let mut fix = match undo(done) {
+            Ok(()) => "The backup was dropped; give it more time with --hook-timeout".to_owned(),
+            Err(e) => format!(
+                "Drop the backup with --abandon, which failed here ({e}); give it more time with \
+                 --hook-timeout"
+            ),
+        };
+        if let Err(left) = thawed {
+            fix += &format!(". And {left}. {BY_HAND}");
+        }
+        return Err(Error::new(Kind::Io, what).fix(fix));
+    }
     thawed.map_err(|e| {
         e.fix(
             "Thaw it by hand. The backup has begun: the same command goes on with it, and \
                --abandon drops it",
         )
     })?;
-    if late {
-        let what = format!(
-            "it was thawed after {} s, before the instant",
-            frozen.as_secs()
-        );
-        return Err(Error::new(Kind::Io, what)
-            .fix("Drop the backup with --abandon; give it more time with --hook-timeout"));
-    }
     Ok(done)
 }
 
@@ -102,3 +122,6 @@ fn shown(status: ExitStatus) -> String {
         _ => "no exit code".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,10 +11,10 @@ use crate::output::{line, print_json, size};
 
 pub(crate) fn tracker(root: &Path, t: &args::Tracker) -> Result<()> {
     let (disk, json) = match t {
-        args::Tracker::List { disk, json } => {
-            let (agent, name) = agent(root, disk)?;
+        args::Tracker::List(of) => {
+            let (agent, name) = agent(root, &of.disk)?;
             let all = agent.trackers(&name)?;
-            return match json.json {
+            return match of.json.json {
                 true => print_json(&all),
                 false => all.iter().try_for_each(|t| show(t, "written")),
             };
@@ -27,7 +27,7 @@ pub(crate) fn tracker(root: &Path, t: &args::Tracker) -> Result<()> {
     let (agent, container) = agent(root, disk)?;
     let change = |name: &str, change| agent.change_tracker(&container, name, &change);
     let (tracker, what) = match t {
-        args::Tracker::List { .. } => return Ok(()),
+        args::Tracker::List(_) => return Ok(()),
         args::Tracker::Start {
             name, granularity, ..
         } => {

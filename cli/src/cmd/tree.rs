@@ -50,7 +50,7 @@ pub(crate) fn snapshot(root: &Path, s: &args::SnapshotArgs) -> Result<()> {
             group,
             json,
         }) => create(root, disks, name.as_ref(), description, *group, *json),
-        Some(Snapshot::List { disk, json }) => list(root, disk, *json),
+        Some(Snapshot::List(of)) => list(root, &of.disk, of.json),
         Some(Snapshot::Switch {
             disk,
             snapshot,

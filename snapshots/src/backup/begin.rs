@@ -304,14 +304,16 @@ fn base(place: &Place<'_>, meta: &Meta, id: Id, name: &str, request: &Request) -
             place.shown()
         )));
     };
-    if let Some(file) = &request.base {
-        base.file = resolved(place, file)?;
-    }
     let moved = |e: Error| {
         e.while_doing("look at the backup before this one")
             .fix("Say where it is: --base FILE; or make a full one")
     };
     let store = place.store();
+    if let Some(file) = &request.base {
+        // A link to it may name another file tomorrow.
+        let file = store.resolve(&resolved(place, file)?).map_err(moved)?;
+        base.file = resolved(place, &file)?;
+    }
     if store.kind(&base.file)?.is_none() {
         let gone = Error::new(Kind::NotFound, "the backup before this one is not there");
         return Err(gone
@@ -402,7 +404,7 @@ fn resolved(place: &Place<'_>, file: &Path) -> Result<PathBuf> {
 
 /// Refuses a target of which something is there.
 fn refuse_taken(place: &Place<'_>, target: &Path) -> Result<()> {
-    for more in ["", ".part", ".json"] {
+    for more in ["", ".part", ".part.json", ".json"] {
         let path = beside(target, more);
         if place.store().kind(&path)?.is_some() {
             return Err(

@@ -40,12 +40,21 @@ const MODE: u32 = 0o600;
 /// `TARGET.part.json`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct State {
-    /// The backup's id.
+    /// The backup's id: the part is its alone.
     id: String,
     /// All of the guest before this byte is in the file.
     at: u64,
     /// Of a qcow2 file.
     mark: Mark,
+}
+
+impl State {
+    fn of(pending: &Pending) -> State {
+        State {
+            id: pending.id.clone(),
+            ..State::default()
+        }
+    }
 }
 
 /// Clusters of an increment of a tracker with this granularity.
@@ -67,10 +76,9 @@ pub fn copy(place: &Place<'_>, id: &str, watch: &dyn Watch) -> Result<Option<Rec
     let store = place.store();
     if store.kind(&pending.target)?.is_some() {
         // Perhaps it was cut behind 3.
-        match Record::read(store, &pending.target) {
-            Ok(record) if record.id == pending.id => return Ok(Some(record)),
-            _ => return Err(taken(&pending.target)),
-        }
+        let record = there(store, &pending)?.ok_or_else(|| taken(&pending.target))?;
+        let_go(store, &pending)?;
+        return Ok(Some(record));
     }
     let source = place.source(Some(node));
     let disk = place.opener().open(&source, &place.open_options(false))?;
@@ -107,8 +115,7 @@ pub fn copy(place: &Place<'_>, id: &str, watch: &dyn Watch) -> Result<Option<Rec
     };
     // 2.
     record.write(store, &pending.target)?;
-    let dir = pending.target.parent().unwrap_or(Path::new("/"));
-    store.sync_dir(dir)?;
+    store.sync_dir(pending.dir())?;
     // 3. COMMIT
     store
         .rename_new(&part, &pending.target)
@@ -116,9 +123,27 @@ pub fn copy(place: &Place<'_>, id: &str, watch: &dyn Watch) -> Result<Option<Rec
             Kind::Exists => taken(&pending.target),
             _ => e,
         })?;
-    forget(store, &pending.state())?;
-    store.sync_dir(dir)?;
+    let_go(store, &pending)?;
     Ok(Some(record))
+}
+
+/// The part has its name, or is gone: durable before nothing says any more whose it was.
+pub(super) fn let_go(store: &dyn Store, pending: &Pending) -> Result<()> {
+    store.sync_dir(pending.dir())?;
+    forget(store, &pending.state())?;
+    store.sync_dir(pending.dir())
+}
+
+/// The record of the target, where that is the file which was our part. Its record alone does not say so:
+/// it is written before the rename, which another file can be in the way of.
+fn there(store: &dyn Store, pending: &Pending) -> Result<Option<Record>> {
+    let Ok(record) = Record::read(store, &pending.target) else {
+        return Ok(None);
+    };
+    let renamed = store.kind(&pending.part())?.is_none();
+    let length = store.open(&pending.target, Access::Read)?.len()?;
+    let ours = renamed && record.id == pending.id && record.length == length;
+    Ok(ours.then_some(record))
 }
 
 fn taken(target: &Path) -> Error {
@@ -243,8 +268,14 @@ impl<'a> Job<'a> {
         watch: &'a dyn Watch,
     ) -> Result<Job<'a>> {
         let store = place.store();
-        let mut state = read_state(store, pending)?;
         let part = pending.part();
+        let mut state = match read_state(store, pending)? {
+            Some(state) => Some(state).filter(|s| s.at > 0),
+            None => {
+                claim(store, pending)?;
+                None
+            }
+        };
         let resumed = match &state {
             Some(state) => match reopen(store, &part, pending.format, cluster, state) {
                 Ok(out) => Some(out),
@@ -258,8 +289,11 @@ impl<'a> Job<'a> {
         let out = match resumed {
             Some(out) => out,
             None => {
-                state = None;
-                forget(store, &pending.state())?;
+                if state.take().is_some() {
+                    // Durable before the part begins anew: it would be believed to be that far.
+                    put_json(store, &pending.state(), &State::of(pending))?;
+                    store.sync_dir(pending.dir())?;
+                }
                 forget(store, &part)?;
                 create(store, &part, pending.format, disk.size(), cluster)?
             }
@@ -272,10 +306,7 @@ impl<'a> Job<'a> {
             cluster,
             watch,
             out,
-            state: state.unwrap_or_else(|| State {
-                id: pending.id.clone(),
-                ..State::default()
-            }),
+            state: state.unwrap_or_else(|| State::of(pending)),
             hasher: fresh.then(|| Hasher::new(disk.size())),
             done: 0,
             total: 0,
@@ -406,14 +437,51 @@ impl<'a> Job<'a> {
     }
 }
 
+/// How far this backup's part is; `None` where there is no part. Error: `Exists` for another one's.
 fn read_state(store: &dyn Store, pending: &Pending) -> Result<Option<State>> {
     let path = pending.state();
     if store.kind(&path)?.is_none() {
-        return Ok(None);
+        return match store.kind(&pending.part())? {
+            None => Ok(None),
+            Some(_) => Err(anothers(pending)),
+        };
     }
     let bytes = read_small(store, &path, STATE_MAX)?;
     let state = serde_json::from_slice::<State>(&bytes).ok();
-    Ok(state.filter(|s| s.id == pending.id))
+    let ours = state.filter(|s| s.id == pending.id);
+    ours.map(Some).ok_or_else(|| anothers(pending))
+}
+
+/// True when the part beside the target is this backup's, or nobody's.
+pub(super) fn has_part(store: &dyn Store, pending: &Pending) -> Result<bool> {
+    match read_state(store, pending) {
+        Err(e) if e.kind() == Kind::Exists => Ok(false),
+        state => state.map(|_| true),
+    }
+}
+
+/// Takes the part's name for this backup, before the part is made: of two disks, one has it.
+fn claim(store: &dyn Store, pending: &Pending) -> Result<()> {
+    let own = pending.claim();
+    put_json(store, &own, &State::of(pending))?;
+    store
+        .rename_new(&own, &pending.state())
+        .map_err(|e| match e.kind() {
+            Kind::Exists => anothers(pending),
+            _ => e,
+        })?;
+    store.sync_dir(pending.dir())
+}
+
+fn anothers(pending: &Pending) -> Error {
+    let what = "another backup is being written to this file";
+    Error::new(Kind::Exists, what)
+        .on(pending.part())
+        .fix(format!(
+            "Let it end, or drop this one with --abandon, and choose another target. Where there is no \
+             other one, remove this file and {}",
+            pending.state().display()
+        ))
 }
 
 /// The file of a backup that was cut.

@@ -5,6 +5,7 @@ use ploop::error::{Error, Kind, Result};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
 
+use super::copy::{has_part, let_go};
 use super::record::forget;
 use super::{BITS, Base, Pending, beside, find};
 use crate::delete;
@@ -92,15 +93,23 @@ fn drop_cut(live: Live<'_>, node: Guid, pending: &Pending) -> Result<()> {
     // 3. The target's own directory may be gone.
     let store = place.store();
     let record = super::Record::read(store, &pending.target);
-    let ours = record.is_ok_and(|r| r.id == pending.id) && store.kind(&pending.target)?.is_none();
-    let mut files = vec![pending.part(), pending.state()];
+    let renamed = store.kind(&pending.target)?.is_some() && store.kind(&pending.part())?.is_none();
+    let ours = record.is_ok_and(|r| r.id == pending.id) && !renamed;
+    let mut files = vec![pending.claim()];
     files.extend(ours.then(|| beside(&pending.target, ".json")));
+    // Another disk's backup to this file keeps its part.
+    let part = has_part(store, pending)?;
+    files.extend(part.then(|| pending.part()));
     for file in files {
         forget(store, &file)?;
     }
+    let gone = match part {
+        true => let_go(store, pending),
+        false => store.sync_dir(pending.dir()),
+    };
     // Else it would come back, and be nobody's.
-    match pending.target.parent().map(|dir| store.sync_dir(dir)) {
-        Some(Err(e)) if e.kind() != Kind::NotFound => return Err(e),
+    match gone {
+        Err(e) if e.kind() != Kind::NotFound => return Err(e),
         _ => {}
     }
     // 4.
@@ -159,7 +168,11 @@ fn forget_entry(live: Live<'_>, node: Guid, pending: &Pending, cut: bool) -> Res
 /// backups that are not there any more, which a power cut brought back.
 pub(super) fn clean(live: Live<'_>) -> Result<()> {
     let place: &Place<'_> = live.place;
-    let (meta, d) = (place.meta()?, place.descriptor()?);
+    // One that is just being begun is in the metadata, and not yet in the descriptor.
+    let (meta, d) = {
+        let _arranging = live.disk.arrange();
+        (place.meta()?, place.descriptor()?)
+    };
     for (node, pending) in &meta.backups {
         let guid = Guid::parse(node)?;
         if !pending.done && d.shot(guid).is_none() {

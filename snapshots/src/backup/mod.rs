@@ -141,9 +141,19 @@ impl Pending {
         beside(&self.target, ".part")
     }
 
-    /// How far it is.
+    /// The target's directory.
+    fn dir(&self) -> &Path {
+        self.target.parent().unwrap_or(Path::new("/"))
+    }
+
+    /// How far it is, and whose the part is.
     fn state(&self) -> PathBuf {
         beside(&self.target, ".part.json")
+    }
+
+    /// What becomes that.
+    fn claim(&self) -> PathBuf {
+        beside(&self.state(), &format!(".{}", self.id))
     }
 
     /// Where the bits are that its tracker had.

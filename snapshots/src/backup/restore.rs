@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use ploop::descriptor::{Descriptor, Guid};
 use ploop::device::Device as _;
 use ploop::disk::Disk;
-use ploop::disk::open::DESCRIPTOR;
+use ploop::disk::open::{DESCRIPTOR, Opener};
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create};
@@ -14,7 +14,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::record::Record;
-use super::verify::{headers, open_file, records, verify};
+use super::verify::{headers, look, open_file};
 use crate::convert::{Progress, pieces};
 use crate::hash::Hasher;
 use crate::meta::Meta;
@@ -86,15 +86,7 @@ pub fn restore(
     let chain = headers(store, last, format, &allow)?;
     refuse_others(root, files, &chain)?;
     let expected = record.as_ref().and_then(|r| r.content.clone());
-    let mut verified = expected.is_some();
-    if record.is_some() && expected.is_none() && records(store, last).is_ok() {
-        let found = verify(root.opener(), last, &|_, _| ())?;
-        if let Some(wrong) = found.files.iter().find(|f| f.wrong.is_some()) {
-            let what = wrong.wrong.clone().unwrap_or_default();
-            return Err(damaged(what, &wrong.file));
-        }
-        verified = true;
-    }
+    let verified = expected.is_some() || as_recorded(root.opener(), &chain)?;
     let from = open_file(root.opener(), last, format, allow)?;
     // 2.
     let dir = work.path().join("disk");
@@ -157,6 +149,25 @@ pub fn restore(
         content,
         verified,
     })
+}
+
+/// Compares those files of `chain`, base first, that have records with them; true when all have.
+fn as_recorded(opener: &Opener, chain: &[PathBuf]) -> Result<bool> {
+    let (mut all, mut above) = (true, None);
+    for file in chain.iter().rev() {
+        let record = match Record::read(opener.store().as_ref(), file) {
+            Err(e) if e.kind() == Kind::NotFound => {
+                (all, above) = (false, None);
+                continue;
+            }
+            record => record?,
+        };
+        if let Some(wrong) = look(opener, file, &record, above.as_ref(), &|_, _| ())? {
+            return Err(damaged(wrong, file));
+        }
+        above = record.since;
+    }
+    Ok(all)
 }
 
 fn damaged(what: String, file: &Path) -> Error {

@@ -59,15 +59,17 @@ pub fn verify(opener: &Opener, file: &Path, progress: Progress<'_>) -> Result<Ve
         .as_ref()
         .filter(|_| hashes.is_some())
         .map_or(0, |r| r.size);
-    let total = chain.iter().map(|(_, r)| r.length).sum::<u64>() + shown;
-    let mut done = 0;
+    // Of records that say anything.
+    let lengths = chain.iter().map(|(_, r)| r.length);
+    let total = lengths.fold(shown, u64::saturating_add);
+    let mut done = 0_u64;
     let mut files = Vec::new();
     let mut expected: Option<&Since> = None;
     for (path, record) in chain.iter().rev() {
         let wrong = look(opener, path, record, expected, &|at, _| {
-            progress(done + at.min(record.length), total);
+            progress(done.saturating_add(at.min(record.length)), total);
         })?;
-        done += record.length;
+        done = done.saturating_add(record.length);
         files.push(Checked {
             file: path.clone(),
             id: record.id.clone(),
@@ -82,7 +84,7 @@ pub fn verify(opener: &Opener, file: &Path, progress: Progress<'_>) -> Result<Ve
     let mut content = None;
     if let (true, Some(recorded), Some((path, _))) = (ok, hashes, chain.last()) {
         let disk = open(opener, &chain)?;
-        let found = hash::content(&disk, &|at, _| progress(done + at, total))?;
+        let found = hash::content(&disk, &|at, _| progress(done.saturating_add(at), total))?;
         if found != recorded {
             ok = false;
             if let Some(last) = files.last_mut() {
@@ -96,7 +98,7 @@ pub fn verify(opener: &Opener, file: &Path, progress: Progress<'_>) -> Result<Ve
 }
 
 /// What is wrong with one file.
-fn look(
+pub(super) fn look(
     opener: &Opener,
     path: &Path,
     record: &Record,
@@ -137,7 +139,7 @@ fn backing(store: &dyn Store, path: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// The files that `file` stands on, and itself, with their records; base first.
-pub(super) fn records(store: &dyn Store, file: &Path) -> Result<Vec<(PathBuf, Record)>> {
+fn records(store: &dyn Store, file: &Path) -> Result<Vec<(PathBuf, Record)>> {
     let mut out: Vec<(PathBuf, Record)> = Vec::new();
     let mut seen = HashSet::new();
     let mut path = store.resolve(file)?;
@@ -163,7 +165,7 @@ pub(super) fn records(store: &dyn Store, file: &Path) -> Result<Vec<(PathBuf, Re
 }
 
 /// Opens a chain.
-pub(super) fn open(opener: &Opener, chain: &[(PathBuf, Record)]) -> Result<Disk> {
+fn open(opener: &Opener, chain: &[(PathBuf, Record)]) -> Result<Disk> {
     let (file, record) = chain.last().ok_or_else(|| Error::invalid("no backup"))?;
     let dirs = chain.iter().filter_map(|(path, _)| path.parent());
     open_file(

@@ -11,6 +11,7 @@ use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, create};
 use ploop::format::raw::RawDelta;
 use ploop::store::{SECTOR, StoreFile};
+use ploop::tracker::bitmap::Bitmap;
 
 use super::copy_changes;
 use crate::convert::pieces;
@@ -92,7 +93,14 @@ impl NewTop<'_> {
             false => Some(self.chain()?),
         };
         let top = Top::open(image)?;
-        let carry = |top: &Top| tracker::carry(&self.disk.trackers(), top, &|_| ());
+        // What is flattened is written without its zeros: no write says where they came to be.
+        let unsaid = flatten && self.flat.is_some();
+        let set = |bits: &Bitmap| {
+            if unsaid {
+                bits.set_all();
+            }
+        };
+        let carry = |top: &Top| tracker::carry(&self.disk.trackers(), top, &set);
         if self.flat.is_some() {
             carry(&top)?;
         }

@@ -22,7 +22,7 @@ use snapshots::tracker;
 use crate::common::{CLUSTER, Host};
 
 /// Stops after so many looks.
-struct Looks(Cell<u64>);
+pub(crate) struct Looks(pub(crate) Cell<u64>);
 
 impl Watch for Looks {
     fn go_on(&self, _: u64) -> bool {
@@ -32,11 +32,11 @@ impl Watch for Looks {
     fn progress(&self, _: Progress) {}
 }
 
-fn never() -> Looks {
+pub(crate) fn never() -> Looks {
     Looks(Cell::new(u64::MAX))
 }
 
-fn request(target: &str, since: bool) -> Request {
+pub(crate) fn request(target: &str, since: bool) -> Request {
     Request {
         target: target.into(),
         since: since.then(|| "t".to_owned()),
@@ -47,27 +47,27 @@ fn request(target: &str, since: bool) -> Request {
 }
 
 /// To its end; what the snapshot showed.
-fn run(live: Live<'_>, request: &Request) -> ploop::Result<Record> {
+pub(crate) fn run(live: Live<'_>, request: &Request) -> ploop::Result<Record> {
     let id = backup::begin(live, request)?.pending.id;
     let record = backup::copy(live.place, &id, &never())?.unwrap();
     end(live, &id)?;
     Ok(record)
 }
 
-fn end(live: Live<'_>, id: &str) -> ploop::Result<()> {
+pub(crate) fn end(live: Live<'_>, id: &str) -> ploop::Result<()> {
     backup::finish(live, id)?;
     backup::remove(live, id)?;
     delete::run(live, &never()).map(drop)
 }
 
-fn all(disk: &Disk) -> Vec<u8> {
+pub(crate) fn all(disk: &Disk) -> Vec<u8> {
     let mut bytes = vec![0; disk.size() as usize];
     disk.read(0, &mut bytes).unwrap();
     bytes
 }
 
 /// What the chain of a file shows.
-fn shows(host: &Host, file: &str, format: Option<ploop::disk::open::Format>) -> Vec<u8> {
+pub(crate) fn shows(host: &Host, file: &str, format: Option<ploop::disk::open::Format>) -> Vec<u8> {
     let source = Source {
         path: file.into(),
         descriptor: false,

@@ -6,6 +6,7 @@
 )]
 
 mod backup;
+mod backup_faults;
 mod common;
 mod diff;
 mod export;

@@ -8,7 +8,7 @@ use snapshots::backup;
 impl Steward {
     pub(super) fn backups_of(&self, container: &str) -> Result<Vec<Backup>> {
         let place = self.disks().place(container)?;
-        let all = backup::pending(&place)?.into_iter();
+        let all = backup::pending(&place)?.into_iter().filter(|p| !p.done);
         Ok(all.map(|p| Backup::of(container, p)).collect())
     }
 
@@ -44,28 +44,25 @@ impl Steward {
         request: &BackupRun,
         job: &JobHandle,
     ) -> Result<Ended> {
-        self.disks().refuse_read_only(container)?;
-        let Some(_working) = self.turn(container, job) else {
-            return Ok(Ended::Cancelled);
-        };
-        let place = self.disks().place(container)?;
-        let watch = Throttle::new(job, request.rate);
-        let Some(record) = backup::copy(&place, id, &watch)? else {
-            return Ok(Ended::Paused(
-                "it goes on with the command that began it; --abandon drops it".to_owned(),
-            ));
-        };
-        self.with_live(container, |live| backup::finish(live, id))?;
-        let text = format!("{} bytes of data, {}", record.data, record.file);
-        tracing::info!(container, backup = id, text, "backup done");
-        let note = match self.drop_snapshot(container, id)? {
-            true => match self.run(container, job, None)? {
-                Ended::Done(_) => "",
-                _ => "; its snapshot goes later",
-            },
-            false => "; its snapshot is read by others, and goes with the next backup",
-        };
-        Ok(Ended::Done(text + note))
+        self.in_turn(container, job, |place| {
+            let watch = Throttle::new(job, request.rate);
+            let Some(record) = backup::copy(&place, id, &watch)? else {
+                return Ok(Ended::Paused(
+                    "it goes on with the command that began it; --abandon drops it".to_owned(),
+                ));
+            };
+            self.with_live(container, |live| backup::finish(live, id))?;
+            let text = format!("{} bytes of data, {}", record.data, record.file);
+            tracing::info!(container, backup = id, text, "backup done");
+            let note = match self.drop_snapshot(container, id)? {
+                true => match self.run(container, job, None)? {
+                    Ended::Done(_) => "",
+                    _ => "; its snapshot goes later",
+                },
+                false => "; its snapshot is read by others, and goes with the next backup",
+            };
+            Ok(Ended::Done(text + note))
+        })
     }
 
     pub(super) fn abandon_backup(
@@ -74,19 +71,16 @@ impl Steward {
         id: &str,
         job: &JobHandle,
     ) -> Result<Ended> {
-        self.disks().refuse_read_only(container)?;
-        let Some(_working) = self.turn(container, job) else {
-            return Ok(Ended::Cancelled);
-        };
-        let place = self.disks().place(container)?;
-        if let Some(node) = backup::snapshot_of(&place, id)? {
-            self.refuse_exported(container, &place, node)?;
-        }
-        self.with_live(container, |live| backup::abandon(live, id))?;
-        tracing::info!(container, backup = id, "backup abandoned");
-        self.run(container, job, None)?;
-        let text = "dropped; the tracker has its bits again";
-        Ok(Ended::Done(text.to_owned()))
+        self.in_turn(container, job, |place| {
+            if let Some(node) = backup::snapshot_of(&place, id)? {
+                self.refuse_exported(container, &place, node)?;
+            }
+            self.with_live(container, |live| backup::abandon(live, id))?;
+            tracing::info!(container, backup = id, "backup abandoned");
+            self.run(container, job, None)?;
+            let text = "dropped; the tracker has its bits again";
+            Ok(Ended::Done(text.to_owned()))
+        })
     }
 
     /// Deletes the snapshot of a backup that is done; false while somebody reads it.

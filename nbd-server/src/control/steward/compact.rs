@@ -12,29 +12,26 @@ impl Steward {
         request: &Compact,
         job: &JobHandle,
     ) -> Result<Ended> {
-        self.disks().refuse_read_only(container)?;
-        let Some(_working) = self.turn(container, job) else {
-            return Ok(Ended::Cancelled);
-        };
-        let place = self.disks().place(container)?;
-        let watch = Throttle::new(job, request.rate);
-        let mut report = self.compact_sealed(container, &place, request.dry_run, &watch)?;
-        if !report.paused && !job.cancelled() {
-            let disk = self.disks().live(container)?;
-            let live = Live {
-                place: &place,
-                disk: disk.disk(),
-            };
-            report.join(match request.dry_run {
-                true => compact::foretell(live)?,
-                false => compact::top(live, &watch)?,
-            });
-        }
-        let text = told(&report, request.dry_run);
-        tracing::info!(container, text, "compacted");
-        Ok(match report.paused || job.cancelled() {
-            true => Ended::Paused(format!("{text}; the rest is for the next run")),
-            false => Ended::Done(text),
+        self.in_turn(container, job, |place| {
+            let watch = Throttle::new(job, request.rate);
+            let mut report = self.compact_sealed(container, &place, request.dry_run, &watch)?;
+            if !report.paused && !job.cancelled() {
+                let disk = self.disks().live(container)?;
+                let live = Live {
+                    place: &place,
+                    disk: disk.disk(),
+                };
+                report.join(match request.dry_run {
+                    true => compact::foretell(live)?,
+                    false => compact::top(live, &watch)?,
+                });
+            }
+            let text = told(&report, request.dry_run);
+            tracing::info!(container, text, "compacted");
+            Ok(match report.paused || job.cancelled() {
+                true => Ended::Paused(format!("{text}; the rest is for the next run")),
+                false => Ended::Done(text),
+            })
         })
     }
 

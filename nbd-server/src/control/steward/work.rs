@@ -55,6 +55,20 @@ impl Steward {
         None
     }
 
+    /// Does a job's work on a container that may be changed, in its turn.
+    pub(super) fn in_turn(
+        &self,
+        container: &str,
+        job: &JobHandle,
+        work: impl FnOnce(Place<'_>) -> Result<Ended>,
+    ) -> Result<Ended> {
+        self.disks().refuse_read_only(container)?;
+        match self.turn(container, job) {
+            Some(_working) => work(self.disks().place(container)?),
+            None => Ok(Ended::Cancelled),
+        }
+    }
+
     /// Has a container's live disk for itself: nobody opens it until the result is dropped. `force`:
     /// whether connections are ended for it; `None` where nobody can ask for that. Returns how many
     /// were. Error: `InUse`, with who uses it.
