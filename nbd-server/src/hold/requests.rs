@@ -221,10 +221,15 @@ impl Volume {
             return;
         };
         let length = change.range.end - change.range.start;
+        // It may have been answered in another style.
+        let payload = match (seat.terms.style, change.kind) {
+            (Style::Extended, kind::WRITE) => flag::PAYLOAD_LEN,
+            _ => 0,
+        };
         let held = Held {
             asked: Asked::new(change.kind, change.range.clone(), 0),
             whose,
-            flags: change.flags,
+            flags: change.flags & !flag::PAYLOAD_LEN | payload,
             length,
             payload: change.payload.clone(),
             cost: 0,
