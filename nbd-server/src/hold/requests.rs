@@ -91,7 +91,13 @@ impl Volume {
         if let Some((error, text)) = refused {
             let (style, out) = (seat.terms.style, &mut seat.to_client);
             replies::refuse(style, request.cookie, request.offset, error, text, out);
-            return self.charge_untaken(id);
+            self.charge_untaken(id);
+            if self.flush_failed {
+                // What it failed for may be over, and a client that never flushes would be refused for
+                // ever.
+                self.flush_own(id);
+            }
+            return;
         }
         let answer = match request.kind {
             kind::READ => request.length as usize,

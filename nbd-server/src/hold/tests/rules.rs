@@ -496,3 +496,37 @@ fn a_change_of_nothing_is_not_kept() {
         .unwrap();
     assert!(rig.volume.kept.is_empty());
 }
+
+/// A flush of the holder's own fails, for want of room, say: what is refused for it asks for another one,
+/// or a client that never flushes would be refused for ever.
+#[test]
+fn a_flush_that_failed_is_tried_again() {
+    let mut rig = Rig::new(1, true);
+    rig.up(0);
+    let seat = rig.peers[0].0;
+    rig.write(0, 0, 0, b"one");
+    rig.volume.set_share(512);
+    let flush = Request::parse(&rig.send(0), Style::Simple).unwrap();
+    assert_eq!(flush.kind, kind::FLUSH);
+    rig.peers[0].1.as_mut().unwrap().input.clear();
+    let failed = Simple {
+        error: errno::ENOSPC,
+        cookie: flush.cookie,
+    };
+    let answer = failed.bytes();
+    rig.volume
+        .take_answers(seat, &mut answer[..].into())
+        .unwrap();
+    assert!(rig.send(0).is_empty(), "not without end and rest");
+    let told = |rig: &mut Rig| {
+        let said = rig.volume.seats.get_mut(&seat).unwrap().to_client.take();
+        rig.volume.charge_untaken(seat);
+        Simple::parse(&said).unwrap().error
+    };
+    assert_eq!(told(&mut rig), 0);
+    rig.write(0, 0, 0, b"two");
+    assert_eq!(told(&mut rig), errno::EIO);
+    assert_eq!(&rig.disk.durable[..3], b"one", "flushed again");
+    rig.write(0, 0, 0, b"two");
+    assert_eq!(told(&mut rig), 0);
+}
