@@ -191,7 +191,9 @@ impl Server {
         match last(&answers)?.kind {
             answer::ACK => {}
             answer::ERR_UNSUP => {
-                let entered = self.export_name(export).await?;
+                let late = |_| Failed::Lost(io::ErrorKind::TimedOut.into());
+                let entered = tokio::time::timeout(HANDSHAKE, self.export_name(export));
+                let entered = entered.await.map_err(late)??;
                 let mut info = info::EXPORT.to_be_bytes().to_vec();
                 info.extend(entered.size.to_be_bytes());
                 info.extend(entered.flags.to_be_bytes());

@@ -87,10 +87,10 @@ impl Volume {
         if command == kind::FLUSH && error == 0 {
             self.flush_failed = false;
             let free = self.kept.covered(held.stamp, (!shared).then_some(id));
-            self.uncharge(free);
+            self.freed(free);
         }
         if is_change(command) {
-            if error == 0 && flushes {
+            if error == 0 && flushes && !held.asked.range.is_empty() {
                 match held.flags & flag::FUA != 0 {
                     true => self.durable(&held.asked.range),
                     false => self.keep(id, &held),
@@ -105,6 +105,10 @@ impl Volume {
 
     fn durable(&mut self, range: &Range<u64>) {
         let free = self.kept.cut(range);
+        self.freed(free);
+    }
+
+    fn freed(&mut self, free: isize) {
         match usize::try_from(free) {
             Ok(free) => self.uncharge(free),
             Err(_) => self.charged += free.unsigned_abs(),

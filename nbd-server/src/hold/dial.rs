@@ -8,7 +8,7 @@ use crate::hold::agree::Failed;
 use crate::hold::line::{Address, Line};
 
 /// Pauses between two tries to reach a server.
-const PAUSE_MIN: Duration = Duration::from_millis(10);
+pub(super) const PAUSE_MIN: Duration = Duration::from_millis(10);
 pub(super) const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long a server may take for a connection and what is said at first, before another is tried.
 pub(super) const HANDSHAKE: Duration = Duration::from_secs(60);
@@ -58,6 +58,9 @@ impl Dialer {
                 _ = to.changed() => continue,
             };
             match tried {
+                // One that was left meanwhile is no server, though it came to an end first: nobody is
+                // told again that it was left.
+                Ok(Ok(_)) if to.has_changed().unwrap_or(false) => continue,
                 Ok(Ok(found)) => return Ok(found),
                 Ok(Err(Failed::Ended(why))) => return Err(why),
                 Ok(Err(Failed::Lost(e))) => tries.say(&address, &e.to_string()),
@@ -79,5 +82,42 @@ impl Tries {
         if !std::mem::replace(&mut self.said, true) {
             tracing::info!(server = %address, why, "no server; trying again");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hold::line::Address;
+    use tokio::net::UnixListener;
+
+    /// However the handshake with the server of before ends beside the move.
+    #[test]
+    fn a_server_that_was_left_is_not_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(async {
+            let place = |name: &str| dir.path().join(name);
+            let _servers = ["old", "new"].map(|n| UnixListener::bind(place(n)).unwrap());
+            for _ in 0..32 {
+                let moves = watch::Sender::new(Address::Unix(place("old")));
+                let dialer = Dialer {
+                    to: moves.subscribe(),
+                    patience: None,
+                };
+                let found = dialer.until_there(async |_| {
+                    let at = moves.borrow().clone();
+                    moves.send_if_modified(|to| {
+                        let moved = *to == Address::Unix(place("old"));
+                        *to = Address::Unix(place("new"));
+                        moved
+                    });
+                    Ok(at)
+                });
+                assert_eq!(found.await, Ok(Address::Unix(place("new"))));
+            }
+        });
     }
 }

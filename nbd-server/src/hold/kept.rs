@@ -4,8 +4,9 @@
 //! each other's flushes, on the same connection. A change that is durable by itself covers its range
 //! of what is older: played over it, that could be what a power cut leaves. Two changes that meet
 //! were never under way together ([`super::volume`]), so of two that meet the later is never covered
-//! before the earlier, and playing what is left again, in order, over any state that the server may
-//! have of it gives what the clients were told.
+//! before the earlier, but by another connection's flush: that takes its range out of the earlier, too.
+//! So playing what is left again, in order, over any state that the server may have of it gives what
+//! the clients were told.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -71,18 +72,29 @@ impl Kept {
         self.entries.values().any(|e| e.seat == seat)
     }
 
-    /// A flush that was sent at `sent` succeeded, on `seat` if it covers no other. What is free now.
-    pub(super) fn covered(&mut self, sent: u64, seat: Option<u64>) -> usize {
-        let before = self.cost;
+    /// A flush that was sent at `sent` succeeded, on `seat` if it covers no other. What is free now, as
+    /// of [`Kept::cut`].
+    pub(super) fn covered(&mut self, sent: u64, seat: Option<u64>) -> isize {
+        let before = self.cost as isize;
         let cost = &mut self.cost;
-        self.entries.retain(|_, e| {
+        let mut over_others = Vec::new();
+        self.entries.retain(|&(at, _), e| {
             let stays = e.answered >= sent || seat.is_some_and(|seat| seat != e.seat);
             if !stays {
                 *cost -= e.cost;
+                if seat.is_some() {
+                    over_others.push((at, e.change.range.clone()));
+                }
             }
             stays
         });
-        before - self.cost
+        for (at, range) in over_others {
+            if self.entries.is_empty() {
+                break;
+            }
+            self.cut_before(at, &range);
+        }
+        before - self.cost as isize
     }
 
     /// Nobody can flush that connection's any more. What is free now.
@@ -101,10 +113,17 @@ impl Kept {
     /// `range` was changed durably after all of it: what is here of it is done. What is free now;
     /// less than nothing when a change has two ends left.
     pub(super) fn cut(&mut self, range: &Range<u64>) -> isize {
-        let meets = |r: &Range<u64>| r.start < range.end && range.start < r.end;
-        let met = self.entries.iter().filter(|(_, e)| meets(&e.change.range));
-        let met: Vec<Place> = met.map(|(&place, _)| place).collect();
         let before = self.cost as isize;
+        self.cut_before(u64::MAX, range);
+        before - self.cost as isize
+    }
+
+    /// Takes `range` out of what was sent before `at`.
+    fn cut_before(&mut self, at: u64, range: &Range<u64>) {
+        let meets = |r: &Range<u64>| r.start < range.end && range.start < r.end;
+        let met = self.entries.range(..(at, 0));
+        let met = met.filter(|(_, e)| meets(&e.change.range));
+        let met: Vec<Place> = met.map(|(&place, _)| place).collect();
         for place in met {
             let Some(entry) = self.entries.remove(&place) else {
                 continue;
@@ -120,7 +139,6 @@ impl Kept {
                 }
             }
         }
-        before - self.cost as isize
     }
 
     /// The first at `from` or later.
@@ -164,7 +182,7 @@ mod tests {
         let change = Change {
             kind: 1,
             flags: 0,
-            range: 0..1,
+            range: answered..answered + 1,
             payload: Bytes::new(),
         };
         Entry {
@@ -186,7 +204,7 @@ mod tests {
         assert_eq!(kept.covered(8, Some(1)), 10, "another connection's stays");
         assert_eq!(kept.covered(8, None), 10);
         assert_eq!((kept.len(), kept.cost()), (1, 10));
-        assert_eq!(kept.next((0, 0)).map(|(place, _)| place), Some((1, 0)));
+        assert_eq!(kept.next((0, 0)).map(|(place, _)| place), Some((1, 9)));
         assert!(kept.next((2, 0)).is_none());
     }
 

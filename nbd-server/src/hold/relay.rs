@@ -13,8 +13,10 @@
 //! replaced by the next one, which is told what was agreed on so far. Transmission flags that the
 //! holder does not know are taken out of what the client is told.
 
+use std::time::Duration;
+
 use crate::hold::agree::{Agreed, Answer, Failed, Server, contexts};
-use crate::hold::dial::{Dialer, HANDSHAKE};
+use crate::hold::dial::{Dialer, HANDSHAKE, PAUSE_MAX, PAUSE_MIN};
 use crate::hold::line::Line;
 use crate::hold::terms::{Named, Terms};
 use crate::session::{MAX_OPTION, MAX_OPTIONS};
@@ -49,6 +51,9 @@ struct Relay<'d> {
     /// The contexts as the server at hand numbers them.
     numbered: Vec<Named>,
     no_zeroes: bool,
+    /// Before another server is tried: one that is there each time, and goes away over an option each
+    /// time, is not asked without end and rest.
+    pause: Duration,
 }
 
 /// Why a handshake is over that waited for a server.
@@ -102,6 +107,7 @@ pub(super) async fn receive(mut client: Line, dialer: &Dialer) -> Result<Option<
         },
         numbered: Vec::new(),
         no_zeroes: flags.no_zeroes(),
+        pause: Duration::ZERO,
     };
     for _ in 0..MAX_OPTIONS {
         let (option, data) = relay.next_option().await?;
@@ -180,8 +186,10 @@ impl Relay<'_> {
 
     /// A server that knows what was agreed on, in the place of one that went away.
     async fn replace(&mut self) -> Result<(), String> {
+        let pause = self.pause;
+        self.pause = (2 * pause).clamp(PAUSE_MIN, PAUSE_MAX);
         let chosen = &self.chosen;
-        let found = self.dialer.until_there(async |line| {
+        let again = async |line| {
             let mut server = Server::greet(line).await?;
             server.set_style(chosen.style).await?;
             let mut numbered = Vec::new();
@@ -196,7 +204,11 @@ impl Relay<'_> {
                 }
             }
             Ok((server, numbered))
-        });
+        };
+        let found = async {
+            tokio::time::sleep(pause).await;
+            self.dialer.until_there(again).await
+        };
         (self.server, self.numbered) = tokio::select! {
             found = found => found?,
             () = self.client.closed() => return Err(WENT_AWAY.into()),

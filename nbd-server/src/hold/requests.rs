@@ -91,7 +91,13 @@ impl Volume {
         if let Some((error, text)) = refused {
             let (style, out) = (seat.terms.style, &mut seat.to_client);
             replies::refuse(style, request.cookie, request.offset, error, text, out);
-            return self.charge_untaken(id);
+            self.charge_untaken(id);
+            if self.flush_failed {
+                // What it failed for may be over, and a client that never flushes would be refused for
+                // ever.
+                self.flush_own(id);
+            }
+            return;
         }
         let answer = match request.kind {
             kind::READ => request.length as usize,
@@ -221,10 +227,15 @@ impl Volume {
             return;
         };
         let length = change.range.end - change.range.start;
+        // It may have been answered in another style.
+        let payload = match (seat.terms.style, change.kind) {
+            (Style::Extended, kind::WRITE) => flag::PAYLOAD_LEN,
+            _ => 0,
+        };
         let held = Held {
             asked: Asked::new(change.kind, change.range.clone(), 0),
             whose,
-            flags: change.flags,
+            flags: change.flags & !flag::PAYLOAD_LEN | payload,
             length,
             payload: change.payload.clone(),
             cost: 0,

@@ -342,7 +342,8 @@ impl Attended<'_> {
         self.left = None;
         self.deaf = false;
         if let (None, Some(patience)) = (self.until, self.dialer.patience) {
-            self.until = Some(Instant::now() + patience);
+            // Later than any clock is never.
+            self.until = Instant::now().checked_add(patience);
         }
         self.shared.with(|v| v.down(self.id));
         tracing::info!(

@@ -22,11 +22,15 @@ use crate::hold::kept::Place;
 use crate::hold::spans::Spans;
 use crate::hold::volume::{Link, Seat, SeatId, Volume, Whose};
 use crate::wire::greeting::transmission_flag;
+use crate::wire::reply::Style;
 
 /// Most changes that are played at once.
 const PLAYED_MAX: usize = 64;
 /// Bytes that wait for the server, from which on nothing more is played.
 const UNSENT_MAX: usize = 8 << 20;
+/// Longest range that is played at once where a header's length has 32 bits: what a client with
+/// longer ones was answered is played in parts.
+const PART: u64 = 1 << 31;
 
 /// See the module text.
 #[derive(Debug, Default)]
@@ -49,6 +53,8 @@ pub(super) struct Playing {
     life: Option<String>,
     /// What is kept from here on is not played yet.
     next: Place,
+    /// Of that change, up to here it is.
+    played: u64,
     under_way: usize,
     /// The flush at the end was sent.
     flushed: bool,
@@ -185,6 +191,7 @@ impl Volume {
             seat: last,
             life,
             next: (0, 0),
+            played: 0,
             under_way: 0,
             flushed: false,
             busy: Spans::default(),
@@ -251,7 +258,12 @@ impl Volume {
     /// Sends kept changes as far as they do not meet one that is under way; at the end, all go on.
     pub(super) fn replay(&mut self, id: SeatId) {
         while let Phase::Playing(p) = &mut self.phase {
-            let unsent = self.seats.get(&id).map_or(0, |s| s.to_server.len());
+            let seat = self.seats.get(&id);
+            let unsent = seat.map_or(0, |s| s.to_server.len());
+            let longest = match seat.map(|s| s.terms.style) {
+                Some(Style::Extended) => u64::MAX,
+                _ => PART,
+            };
             let Some((place, change)) = self.kept.next(p.next) else {
                 if p.under_way > 0 || p.failed.is_some() {
                     return;
@@ -266,13 +278,22 @@ impl Volume {
                 self.uncharge(free);
                 return self.flow(id, life);
             };
+            let (start, end) = (change.range.start.max(p.played), change.range.end);
+            let part = match change.payload.is_empty() {
+                true => start..end.min(start.saturating_add(longest)),
+                false => start..end,
+            };
             let full = p.under_way >= PLAYED_MAX || unsent >= UNSENT_MAX;
-            if full || p.failed.is_some() || !p.busy.add(&change.range) {
+            if full || p.failed.is_some() || !p.busy.add(&part) {
                 return;
             }
-            p.next = (place.0, place.1 + 1);
+            (p.next, p.played) = match part.end < end {
+                true => (place, part.end),
+                false => ((place.0, place.1 + 1), 0),
+            };
             p.under_way += 1;
-            let change = change.clone();
+            let mut change = change.clone();
+            change.range = part;
             self.send_own(id, Whose::Replay, &change);
         }
     }

@@ -317,9 +317,9 @@ impl Volume {
     }
 
     /// Nobody waits any longer for a server: all that waits is answered with an error, and so is
-    /// what comes, until the connection goes on.
+    /// what comes, until the connection goes on. One that has gone on waits for none.
     pub(super) fn fail(&mut self, id: SeatId) {
-        let Some(seat) = self.seats.get_mut(&id) else {
+        let Some(seat) = self.seats.get_mut(&id).filter(|s| s.link != Link::Up) else {
             return;
         };
         seat.failing = true;
@@ -360,7 +360,7 @@ impl Volume {
         };
         seat.to_server.clear();
         seat.sent = 0;
-        seat.flushing = false;
+        let flushed = std::mem::take(&mut seat.flushing);
         seat.held.retain(|_, h| h.whose == Whose::Client);
         let mut again: Vec<u64> = Vec::new();
         for (&cookie, held) in &mut seat.held {
@@ -374,6 +374,10 @@ impl Volume {
         seat.queue = again.into();
         if seat.client_gone {
             self.drop_held(id);
+        }
+        if flushed {
+            // Others wait for that flush, and are to send their own.
+            self.wake_all();
         }
     }
 }

@@ -180,3 +180,18 @@ fn patience_ends_with_an_error_and_begins_anew_with_a_server() {
         "answered before, not flushed"
     );
 }
+
+/// Patience that no clock can hold is patience for ever.
+#[test]
+fn patience_without_end_is_for_ever() {
+    let rig = Rig::new();
+    store(&rig);
+    let daemon = Daemon::start(&rig);
+    let patience = u64::MAX.to_string();
+    let holder = Holder::start(&address(&rig), &["--patience", &patience]);
+    let mut client = holder.open("ct", Style::Structured);
+    client.write(0, &[1; 512]);
+    daemon.kill();
+    let _daemon = Daemon::start(&rig);
+    assert_eq!(client.read(0, 512), [1; 512]);
+}

@@ -46,6 +46,8 @@ struct World {
     bytes: Vec<Byte>,
     rng: Rng,
     fill: u8,
+    /// Of so many steps, servers die in one.
+    calm: u64,
 }
 
 fn change(k: u16) -> bool {
@@ -55,19 +57,22 @@ fn change(k: u16) -> bool {
 impl World {
     fn new(seed: u64) -> World {
         let mut rng = Rng(seed);
-        let style = [Style::Simple, Style::Structured, Style::Extended][rng.below(3) as usize];
         let shares = !rng.once_in(3);
         let mut volume = Volume::new(SHARE);
         let count = rng.below(3) + 1;
         let clients: Vec<Client> = (0..count)
-            .map(|_| Client {
-                seat: volume.sit(terms_of(style, shares)),
-                style,
-                to: BytesMut::new(),
-                from: Vec::new(),
-                asked: Vec::new(),
-                next: 1,
-                answered: 0,
+            .map(|_| {
+                let style =
+                    [Style::Simple, Style::Structured, Style::Extended][rng.below(3) as usize];
+                Client {
+                    seat: volume.sit(terms_of(style, shares)),
+                    style,
+                    to: BytesMut::new(),
+                    from: Vec::new(),
+                    asked: Vec::new(),
+                    next: 1,
+                    answered: 0,
+                }
             })
             .collect();
         World {
@@ -76,6 +81,7 @@ impl World {
             peers: clients.iter().map(|_| None).collect(),
             clients,
             bytes: vec![Byte::zero(); SIZE],
+            calm: [40, 400][rng.below(2) as usize],
             rng,
             fill: 0,
         }
@@ -373,10 +379,10 @@ impl World {
     fn run(&mut self) {
         for _ in 0..600 {
             let n = self.rng.below(self.clients.len() as u64) as usize;
-            match self.rng.below(40) {
+            match self.rng.below(self.calm) {
                 0 => self.die(),
                 1 => self.cut_one(n),
-                2..=8 => self.ask(n),
+                k if (2..=8).contains(&(k % 40)) => self.ask(n),
                 _ => self.step(n),
             }
             self.cut_power();

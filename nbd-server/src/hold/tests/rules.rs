@@ -329,3 +329,204 @@ fn patience_is_over_until_requests_flow() {
     let said = rig.volume.seats.get_mut(&seat).unwrap().to_client.take();
     assert_eq!(&said[Simple::LEN..], b"one");
 }
+
+/// Where connections do not share their flushes, what one of them flushed is durable over what another
+/// was answered before: that is not played over it.
+#[test]
+fn nothing_is_played_over_what_another_connection_flushed() {
+    let mut rig = Rig::new(2, false);
+    for n in 0..2 {
+        rig.up(n);
+        rig.settle(0);
+        rig.settle(n);
+    }
+    rig.write(0, 0, 0, b"before");
+    rig.write(1, 0, 2, b"XY");
+    rig.ask(1, 0, kind::FLUSH, 0, b"");
+    rig.settle(1);
+    assert_eq!(&rig.disk.durable[2..4], b"XY");
+    rig.disk.crash(&mut Rng(4));
+    rig.down(0);
+    rig.down(1);
+    rig.up(0);
+    rig.settle(0);
+    assert!(rig.is_up(0));
+    assert_eq!(&rig.disk.content[..6], b"beXYre");
+}
+
+/// The one whose flush makes room loses its link: another one flushes in its place.
+#[test]
+fn who_waits_for_a_flush_that_ends_with_its_link_is_woken() {
+    let mut rig = Rig::new(2, true);
+    rig.disk.tells = true;
+    rig.up(0);
+    rig.up(1);
+    let seats = [rig.peers[0].0, rig.peers[1].0];
+    rig.write(1, 0, 0, b"one");
+    rig.volume.set_share(0);
+    rig.send(0);
+    assert!(rig.volume.seats[&seats[0]].flushing);
+    assert!(!rig.volume.takes(seats[1]), "no room");
+    rig.send(1);
+    assert!(
+        rig.peers[1].1.as_ref().unwrap().is_idle(),
+        "one flush is enough"
+    );
+    rig.volume.woken();
+    rig.down(0);
+    assert!(rig.volume.woken().contains(&seats[1]));
+    rig.settle(1);
+    assert!(rig.volume.kept.is_empty());
+}
+
+/// What a client in one style was answered is played in the style of who plays it: a range that its
+/// numbers cannot hold, in parts.
+#[test]
+fn changes_are_played_in_the_style_of_who_plays() {
+    const LONG: u64 = (5 << 32) + 4096;
+    let mut volume = Volume::new(SHARE);
+    let mut seats = Vec::new();
+    for style in [Style::Extended, Style::Simple] {
+        let mut told = terms(style);
+        told.size = LONG;
+        let seat = volume.sit(told);
+        volume.up(seat, Some("d/1".into()), Vec::new()).unwrap();
+        seats.push(seat);
+    }
+    let mut bytes = Vec::new();
+    for (flags, kind, length) in [
+        (flag::PAYLOAD_LEN, kind::WRITE, 3),
+        (0, kind::WRITE_ZEROES, LONG - 8),
+    ] {
+        let request = Request {
+            flags,
+            kind,
+            cookie: 1,
+            offset: if kind == kind::WRITE { 0 } else { 8 },
+            length,
+        };
+        request.emit(Style::Extended, &mut bytes);
+        if kind == kind::WRITE {
+            bytes.put(b"abc");
+        }
+    }
+    volume
+        .take_requests(seats[0], &mut bytes[..].into())
+        .unwrap();
+    let sent = |volume: &mut Volume, seat| {
+        let seat = volume.seats.get_mut(&seat).unwrap();
+        (seat.to_server.take(), seat.terms.style)
+    };
+    let answer = |volume: &mut Volume, seat, what: &mut dyn FnMut(&Request, &[u8])| {
+        loop {
+            let (bytes, style) = sent(volume, seat);
+            let mut rest = &bytes[..];
+            if rest.is_empty() {
+                break;
+            }
+            let mut answers = Vec::new();
+            while let Ok(r) = Request::parse(rest, style) {
+                let head = Request::header_len(style);
+                let len = if r.kind == kind::WRITE { 3 } else { 0 };
+                what(&r, &rest[head..head + len]);
+                rest = &rest[head + len..];
+                let simple = Simple {
+                    error: 0,
+                    cookie: r.cookie,
+                };
+                match style {
+                    Style::Simple => answers.put(&simple.bytes()),
+                    _ => crate::wire::reply::Chunk {
+                        flags: crate::wire::reply::DONE,
+                        kind: crate::wire::chunk::kind::NONE,
+                        cookie: r.cookie,
+                        offset: r.offset,
+                        length: 0,
+                    }
+                    .emit(style, &mut answers),
+                }
+            }
+            assert!(rest.is_empty(), "whole requests in its style");
+            volume.take_answers(seat, &mut answers[..].into()).unwrap();
+        }
+    };
+    answer(&mut volume, seats[0], &mut |_, _| {});
+    assert_eq!(volume.kept.len(), 2);
+    for seat in &seats {
+        volume.down(*seat);
+    }
+    volume.up(seats[1], Some("d/2".into()), Vec::new()).unwrap();
+    let mut zeroed = 8;
+    answer(&mut volume, seats[1], &mut |r, payload| match r.kind {
+        kind::WRITE => assert_eq!((r.flags, r.offset, payload), (0, 0, &b"abc"[..])),
+        kind::WRITE_ZEROES => {
+            assert_eq!(r.offset, zeroed);
+            zeroed += r.length;
+        }
+        k => assert_eq!(k, kind::FLUSH),
+    });
+    assert_eq!(zeroed, LONG);
+    assert!(volume.kept.is_empty() && volume.is_up(seats[1]));
+}
+
+/// Patience that ends as requests begin to flow again has not ended.
+#[test]
+fn patience_does_not_end_for_who_has_a_server() {
+    let mut rig = Rig::new(1, true);
+    rig.up(0);
+    let seat = rig.peers[0].0;
+    rig.volume.fail(seat);
+    rig.ask(0, 0, kind::WRITE, 0, b"one");
+    rig.settle(0);
+    assert_eq!(&rig.disk.content[..3], b"one");
+}
+
+/// What changes nothing is not kept, wherever it is.
+#[test]
+fn a_change_of_nothing_is_not_kept() {
+    let mut rig = Rig::new(1, true);
+    rig.up(0);
+    rig.ask(0, 0, kind::TRIM, u64::MAX, b"");
+    let sent = rig.send(0);
+    let cookie = Request::parse(&sent, Style::Simple).unwrap().cookie;
+    let answer = Simple { error: 0, cookie }.bytes();
+    let seat = rig.peers[0].0;
+    rig.volume
+        .take_answers(seat, &mut answer[..].into())
+        .unwrap();
+    assert!(rig.volume.kept.is_empty());
+}
+
+/// A flush of the holder's own fails, for want of room, say: what is refused for it asks for another one,
+/// or a client that never flushes would be refused for ever.
+#[test]
+fn a_flush_that_failed_is_tried_again() {
+    let mut rig = Rig::new(1, true);
+    rig.up(0);
+    let seat = rig.peers[0].0;
+    rig.write(0, 0, 0, b"one");
+    rig.volume.set_share(512);
+    let flush = Request::parse(&rig.send(0), Style::Simple).unwrap();
+    assert_eq!(flush.kind, kind::FLUSH);
+    rig.peers[0].1.as_mut().unwrap().input.clear();
+    let failed = Simple {
+        error: errno::ENOSPC,
+        cookie: flush.cookie,
+    };
+    let answer = failed.bytes();
+    rig.volume
+        .take_answers(seat, &mut answer[..].into())
+        .unwrap();
+    assert!(rig.send(0).is_empty(), "not without end and rest");
+    let told = |rig: &mut Rig| {
+        let said = rig.volume.seats.get_mut(&seat).unwrap().to_client.take();
+        rig.volume.charge_untaken(seat);
+        Simple::parse(&said).unwrap().error
+    };
+    assert_eq!(told(&mut rig), 0);
+    rig.write(0, 0, 0, b"two");
+    assert_eq!(told(&mut rig), errno::EIO);
+    assert_eq!(&rig.disk.durable[..3], b"one", "flushed again");
+    rig.write(0, 0, 0, b"two");
+    assert_eq!(told(&mut rig), 0);
+}

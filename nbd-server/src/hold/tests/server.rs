@@ -173,6 +173,12 @@ impl Peer {
     fn parse(&mut self) {
         while let Ok(r) = Request::parse(&self.input, self.style) {
             let head = Request::header_len(self.style);
+            let has_payload = self.style == Style::Extended && r.kind == kind::WRITE;
+            assert_eq!(
+                r.flags & request_flag::PAYLOAD_LEN != 0,
+                has_payload,
+                "{r:?} in another style"
+            );
             let payload = if r.kind == kind::WRITE {
                 r.length as usize
             } else {
