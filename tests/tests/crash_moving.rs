@@ -18,8 +18,7 @@ use ploop_tests::crash::Step::{
 };
 use ploop_tests::crash::history::{Asked, payload};
 use ploop_tests::crash::{
-    CLUSTER_SECTORS as C, Fixture, History, Rng, Runner, SECTOR, Shape, Step, Sweep, Tally, env,
-    workload,
+    CLUSTER_SECTORS as C, Fixture, History, Rng, SECTOR, Shape, Step, Sweep, Tally, env, workload,
 };
 
 const CLUSTERS: u64 = 12;
