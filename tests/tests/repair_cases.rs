@@ -23,7 +23,11 @@ use ploop_fuzz::base::{Base, CLUSTER, disk};
 use ploop_fuzz::guest::{LOOK, read};
 use ploop_fuzz::trial::{Trial, Verdict};
 use ploop_tests::damage::bases;
+use ploop_tests::stream;
 use ploop_tests::tools::{ploop, run};
+use snapshots::place::Place;
+use snapshots::snapshot::Live;
+use snapshots::tracker;
 use tempfile::TempDir;
 
 const XML: &str = "DiskDescriptor.xml";
@@ -265,4 +269,53 @@ fn holes_of_a_copied_cluster_stay_holes() {
     let taken = fs::metadata(&path).unwrap().blocks() * 512;
     // The leftovers, and no second cluster full of bytes.
     assert!(taken < mib + mib / 2, "{taken} bytes on disk");
+}
+
+/// Goal: an increment by a tracker has what repair changed. Method: an entry that leads behind the file,
+/// in the top and in an image below it, of a disk that was closed cleanly with nothing written since
+/// the tracker was cleared; an image beside its chain changes nothing of it.
+#[test]
+fn what_repair_changes_counts_as_written_since() {
+    for (node, counts) in [("top", true), ("below", true), ("beside", false)] {
+        let (_, root) = stream::host();
+        stream::container(&root, "ct", Version::V2, 64, 8 * 32768);
+        stream::write(&root, "ct", 0, &[1; 9000]);
+        stream::snapshot(&root, "ct", "below");
+        stream::write(&root, "ct", 3 * 32768, &[2; 9000]);
+        stream::snapshot(&root, "ct", "beside");
+        stream::go_back(&root, "ct", "below");
+        stream::write(&root, "ct", 5 * 32768, &[3; 9000]);
+        let place = Place::container(&root, "ct").unwrap();
+        let disk = place.open().unwrap();
+        let live = Live {
+            place: &place,
+            disk: &disk,
+        };
+        tracker::start(live, "night", 65536).unwrap();
+        disk.close().unwrap();
+        drop(disk);
+        let dirty = || tracker::list(&place, None).unwrap()[0].dirty;
+        assert_eq!(dirty(), 0);
+
+        let d = place.descriptor().unwrap();
+        let guid = match node {
+            "top" => d.top,
+            name => place.find(&d, &place.meta().unwrap(), name).unwrap(),
+        };
+        let path = place.file_of(d.image(guid).unwrap()).unwrap();
+        let file = place.store().open(&path, Access::Write).unwrap();
+        let mut entries = [0; 32];
+        file.read_at(&mut entries, 64).unwrap();
+        let slot = entries.chunks(4).position(|e| e != [0; 4]).unwrap();
+        file.write_at(&[0xFF, 0xFF, 0, 0], 64 + 4 * slot as u64)
+            .unwrap();
+        let options = place.open_options(false);
+        let plan = repair::plan(place.opener(), &place.source(None), &options).unwrap();
+        let done = repair::apply(place.opener(), &plan, How::Yes, None).unwrap();
+        assert!(done.unrepairable.is_empty(), "{node}: {done:?}");
+        let all = 8 * 32768;
+        assert_eq!(dirty(), if counts { all } else { 0 }, "{node}");
+        let disk = place.open().unwrap();
+        disk.close().unwrap();
+    }
 }

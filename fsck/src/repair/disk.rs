@@ -133,7 +133,7 @@ pub(super) fn survey(
         false => {
             surveyor.meter.expect(1);
             let file = surveyor.files.image(real)?;
-            surveyor.image(&file, false, None)?;
+            surveyor.image(&file, false, None, false)?;
             surveyor.meter.add(1);
         }
     }
@@ -179,7 +179,11 @@ impl Surveyor<'_, '_, '_> {
         }
         let merging = self.merging(&d, &tree, &nodes, &heads)?;
         self.meter.expect(nodes.len() as u64);
-        for (node, (file, _)) in nodes.iter().zip(&heads) {
+        // The top last: its bitmaps must have what changes below it.
+        let (top, others): (Vec<_>, Vec<_>) =
+            nodes.iter().zip(&heads).partition(|(n, _)| n.guid == d.top);
+        let mut others_end = 0;
+        for (node, (file, _)) in others.into_iter().chain(top) {
             self.meter.add(1);
             if merging.contains(&node.guid) {
                 let what = "a merge of this image and another was interrupted: the next `ploop \
@@ -200,16 +204,37 @@ impl Surveyor<'_, '_, '_> {
             }
             let before = self.survey.images.len();
             let below = (node.guid != d.top).then_some(node.guid);
-            self.image(file, converting, below)?;
+            let changed_below = below.is_none() && self.changed_below(&tree, d.top);
+            self.image(file, converting, below, changed_below)?;
             for image in &mut self.survey.images[before..] {
                 let readers = tree.readers(node.guid);
                 for step in &mut image.steps {
                     step.snapshots = readers.clone();
                 }
             }
+            if below.is_some() {
+                others_end = self.survey.images.len();
+            }
         }
+        // And the first to be repaired, as before all that it stands on.
+        let top = self.survey.images.split_off(others_end);
+        self.survey.images.splice(0..0, top);
         self.pairs(&tree, &nodes)?;
         self.stale(&d, xml, &nodes)
+    }
+
+    /// Whether repairing the images below `top` changes what it shows.
+    fn changed_below(&self, tree: &Tree, top: Guid) -> bool {
+        let mut chain = HashSet::new();
+        let mut next = tree.parents.get(&top);
+        while let Some(node) = next.filter(|n| chain.insert(**n)) {
+            next = tree.parents.get(node);
+        }
+        let mut steps = self.survey.images.iter().flat_map(|i| &i.steps);
+        steps.any(|s| {
+            let of = s.snapshots.first();
+            s.changes_what_is_shown() && of.is_some_and(|node| chain.contains(node))
+        })
     }
 
     /// The header that an image is to have.
@@ -319,12 +344,13 @@ impl Surveyor<'_, '_, '_> {
     }
 
     /// One image. `converting`: one of its disk's says that a conversion was interrupted. `below`:
-    /// its node, where that is not the top.
+    /// its node, where that is not the top. `changed_below`: what it shows changes below it.
     fn image(
         &mut self,
         file: &Arc<dyn StoreFile>,
         converting: bool,
         below: Option<Guid>,
+        changed_below: bool,
     ) -> Result<()> {
         let path = file.path().to_path_buf();
         self.survey.seen.insert(path.clone());
@@ -340,13 +366,14 @@ impl Surveyor<'_, '_, '_> {
             Some(backup) => put_back(file, backup, converting)?,
             None => false,
         };
-        let mut planned = match image::plan(file, backup.as_ref().filter(|_| wanted))? {
-            Ok(planned) => planned,
-            Err(why) => {
-                self.survey.cannot(&path, why);
-                return Ok(());
-            }
-        };
+        let mut planned =
+            match image::plan(file, backup.as_ref().filter(|_| wanted), changed_below)? {
+                Ok(planned) => planned,
+                Err(why) => {
+                    self.survey.cannot(&path, why);
+                    return Ok(());
+                }
+            };
         planned.steps.splice(0..0, notes.steps);
         if let Some(backup) = backup {
             self.put_away(&backup.path, wanted.then(|| path.clone()), wanted)?;

@@ -20,6 +20,7 @@ use ploop::format::ploop::{Header, Version};
 use ploop::store::{SECTOR, StoreFile, read_or_zero};
 use ploop::verify::{Class, FindingKind, ImageScan, check_image};
 
+use super::Step;
 use super::changes::{Changes, ImagePlan, Notes};
 use super::entries::{self, Table};
 use super::fields::{Fields, HeaderBytes};
@@ -39,10 +40,12 @@ pub(super) struct Backup {
 }
 
 /// Plans the repair of the image `file`, whose header and BAT are taken from `backup` if there is
-/// one. Refuses what cannot be repaired; a clean image gives no changes.
+/// one. `changed_below`: the repair of another image changes what this one shows. Refuses what
+/// cannot be repaired; a clean image gives no changes.
 pub(super) fn plan(
     file: &Arc<dyn StoreFile>,
     backup: Option<&Backup>,
+    changed_below: bool,
 ) -> Result<Result<ImagePlan, Refusal>> {
     let len = file.len()?;
     let mut notes = Notes::on(file.path());
@@ -78,6 +81,7 @@ pub(super) fn plan(
         notes,
         found,
         fields,
+        changed_below,
     };
     let mut planned = planner.plan(len)?;
     if let (Ok(plan), Some(restore)) = (&mut planned, restore) {
@@ -181,6 +185,7 @@ struct Planner<'a> {
     found: Fields,
     /// The header as it is to be.
     fields: Fields,
+    changed_below: bool,
 }
 
 impl Planner<'_> {
@@ -264,7 +269,8 @@ impl Planner<'_> {
         }
     }
 
-    /// A broken extension is dropped: nobody could use it. One whose cluster is an entry's, too.
+    /// A broken extension is dropped: nobody could use it. One whose cluster is an entry's, too. So is
+    /// one whose bits do not have what repair changes: an increment by them would lack it.
     fn extension(&mut self, header: &Header, table: &Table) -> Result<Result<(), Refusal>> {
         if !self.fields.extension_in_force() {
             return Ok(Ok(()));
@@ -277,7 +283,9 @@ impl Planner<'_> {
             .findings
             .iter()
             .any(|f| f.kind.class() > Class::Clean && f.kind.name().starts_with("extension-"));
-        if !broken {
+        let shows_other =
+            self.changed_below || self.notes.steps.iter().any(Step::changes_what_is_shown);
+        if !broken && !shows_other {
             return Ok(Ok(()));
         }
         let at = self.fields.extension().saturating_mul(SECTOR);
@@ -287,7 +295,7 @@ impl Planner<'_> {
         let mut shared = Vec::new();
         for owner in &table.owners {
             let here = owner.offset < at.saturating_add(cluster) && at < owner.offset + cluster;
-            if here && matches!(ours, Extension::Sections(_)) {
+            if broken && here && matches!(ours, Extension::Sections(_)) {
                 let from = u64::from(owner.slot) * cluster;
                 push(&mut shared, from..from + cluster);
             }
@@ -295,8 +303,12 @@ impl Planner<'_> {
         self.fields.clear_extension();
         self.fields.set_in_use(IN_USE_CLOSED);
         self.view.header = Some(self.fields.0);
+        let what = match broken {
+            true => "the format extension cannot be used: drop it",
+            false => "the change-tracking bitmaps do not have what repair changes: drop them",
+        };
         self.notes.giving_up(
-            "the format extension cannot be used: drop it".into(),
+            what.into(),
             "change tracking: the next incremental backup must be a full one",
             true,
         );

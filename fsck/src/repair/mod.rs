@@ -88,6 +88,11 @@ impl Step {
             files: None,
         }
     }
+
+    /// The guest reads something else afterwards, or may.
+    fn changes_what_is_shown(&self) -> bool {
+        !self.lost.is_empty() || !self.suspect.is_empty()
+    }
 }
 
 /// Something that repair does not touch, and why.

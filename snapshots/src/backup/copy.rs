@@ -277,13 +277,15 @@ impl<'a> Job<'a> {
             }
         };
         let resumed = match &state {
-            Some(state) => match reopen(store, &part, pending.format, cluster, state) {
-                Ok(out) => Some(out),
-                Err(e) => {
-                    tracing::warn!(error = %e, "the backup begins anew");
-                    None
+            Some(state) => {
+                match reopen(store, &part, pending.format, disk.size(), cluster, state) {
+                    Ok(out) => Some(out),
+                    Err(e) => {
+                        tracing::warn!(error = %e, "the backup begins anew");
+                        None
+                    }
                 }
-            },
+            }
             None => None,
         };
         let out = match resumed {
@@ -489,14 +491,18 @@ fn reopen(
     store: &dyn Store,
     part: &Path,
     format: Format,
+    size: u64,
     cluster: u64,
     state: &State,
 ) -> Result<Out> {
+    if state.at > size || !state.at.is_multiple_of(cluster) && state.at != size {
+        return Err(Error::corrupt("its mark is no place of the disk's to go on at").on(part));
+    }
     let file = store.open(part, Access::Write)?;
     match format {
         Format::Raw => Ok(Out::Raw(file, Trail::default(), 0)),
         Format::Qcow2 => {
-            let writer = Writer::resume(file, cluster, state.mark.clone())?;
+            let writer = Writer::resume(file, cluster, state.at, state.mark.clone())?;
             Ok(Out::Qcow2(writer))
         }
         Format::Ploop => Err(Error::unsupported("a ploop image begins anew")),

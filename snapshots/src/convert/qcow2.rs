@@ -144,10 +144,19 @@ impl Writer {
         }
     }
 
-    /// Goes on behind what was written before `mark`.
-    pub(crate) fn resume(file: Arc<dyn StoreFile>, cluster: u64, mark: Mark) -> Result<Writer> {
-        let ascend = mark.l1.windows(2).all(|p| p[0].0 < p[1].0);
-        let inside = mark.l1.iter().all(|&(_, host)| host < mark.next);
+    /// Goes on behind what was written before `mark`: of the guest, that before byte `at`. Error:
+    /// `Corrupt` for a mark that no such file has.
+    pub(crate) fn resume(
+        file: Arc<dyn StoreFile>,
+        cluster: u64,
+        at: u64,
+        mark: Mark,
+    ) -> Result<Writer> {
+        let ascend = |p: &[(u64, u64)]| p[0].0 < p[1].0 && p[0].1 < p[1].1;
+        let ascend = mark.l1.windows(2).all(ascend);
+        let tables = at.div_ceil(cluster).div_ceil(cluster / 8);
+        let fits = |&(index, host): &(u64, u64)| index < tables && (1..mark.next).contains(&host);
+        let inside = mark.next > 0 && mark.l1.iter().all(fits);
         let len = mark.next.checked_mul(cluster);
         if !ascend || !inside || len.is_none_or(|len| file.len().is_ok_and(|l| l < len)) {
             let what = "the file is not as far as its mark says";

@@ -11,6 +11,7 @@ use ploop::format::ploop::Version;
 use ploop::store::memory::MemoryStore;
 use ploop::store::recording::{Budget, RecordingStore};
 use ploop::store::{Access, Store};
+use serde_json::json;
 use snapshots::Root;
 use snapshots::backup::{self, Request};
 use snapshots::delete::Watch;
@@ -270,6 +271,57 @@ fn records_with_absurd_numbers_are_found_wrong() {
     }
     let found = backup::verify(&host.opener, Path::new("/b/1"), &|_, _| ()).unwrap();
     assert!(found.files.iter().all(|f| f.wrong.is_some()), "{found:?}");
+}
+
+/// Goal: how far a part is, is not believed against the file and the disk. Method: the mark of a backup
+/// that was stopped, with numbers that no such file has.
+#[test]
+fn a_mark_with_absurd_numbers_is_not_believed() {
+    struct Stop;
+    impl Watch for Stop {
+        fn go_on(&self, _: u64) -> bool {
+            false
+        }
+        fn progress(&self, _: Progress) {}
+    }
+    let far = u64::MAX;
+    for (n, (field, value)) in [
+        ("at", json!(far)),
+        ("at", json!(1)),
+        ("next", json!(0)),
+        ("next", json!(far)),
+        ("l1", json!([[far, 1]])),
+        ("l1", json!([[0, 0]])),
+        ("l1", json!([[0, 2], [1, 1]])),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let host = Host::on(MemoryStore::shared());
+        host.init_of(Version::V2, 300);
+        host.store().create_dir(Path::new("/b")).unwrap();
+        let place = host.place();
+        let disk = place.open().unwrap();
+        let live = Live {
+            place: &place,
+            disk: &disk,
+        };
+        disk.write(0, &vec![5; 200 * CLUSTER as usize]).unwrap();
+        let id = backup::begin(live, &request("/b/0", false)).unwrap();
+        let id = id.pending.id;
+        assert!(backup::copy(&place, &id, &Stop).unwrap().is_none());
+        let mut state: serde_json::Value =
+            serde_json::from_slice(&get(host.store(), "/b/0.part.json")).unwrap();
+        assert!(state["at"].as_u64().is_some_and(|at| at > 0), "{state}");
+        match field {
+            "at" => state["at"] = value,
+            field => state["mark"][field] = value,
+        }
+        put(host.store(), "/b/0.part.json", state.to_string().as_bytes());
+        backup::copy(&place, &id, &never()).unwrap().unwrap();
+        end(live, &id).unwrap();
+        assert!(shows(&host, "/b/0", None) == all(&disk), "{n}");
+    }
 }
 
 /// Goal: where there are records, a restore holds to them. Method: a damaged file that has one, on a
