@@ -65,7 +65,8 @@ pub fn run(command: &mut Command) -> Output {
 }
 
 /// A command for the `ploop` of this checkout, in the profile that the running test was built in.
-/// Built at the first call of a process, so it is never older than the sources.
+/// Built at the first call of a process, so it is never older than the sources, unless
+/// `PLOOP_BIN` says where it is.
 pub fn ploop() -> Command {
     program("ploop")
 }
@@ -96,8 +97,21 @@ fn program(name: &str) -> Command {
 
 fn path_of(program: &str) -> &'static Path {
     static BUILT: OnceLock<HashMap<String, PathBuf>> = OnceLock::new();
-    let path = BUILT.get_or_init(build).get(program);
-    path.unwrap_or_else(|| panic!("cargo names no executable of {program}"))
+    let path = BUILT.get_or_init(programs).get(program);
+    path.unwrap_or_else(|| panic!("there is no executable of {program}"))
+}
+
+/// All programs: those in the directory that `PLOOP_BIN` names, for who has just built them, or
+/// newly built ones.
+fn programs() -> HashMap<String, PathBuf> {
+    let Some(dir) = std::env::var_os("PLOOP_BIN") else {
+        return build();
+    };
+    let files = std::fs::read_dir(dir).unwrap().map(|f| f.unwrap().path());
+    let named = files.filter(|f| f.is_file());
+    named
+        .filter_map(|f| Some((f.file_name()?.to_str()?.to_owned(), f)))
+        .collect()
 }
 
 /// Builds all programs, with the features that the whole workspace asks for: one program alone would
