@@ -10,6 +10,7 @@ pub mod corpus;
 pub mod crash;
 pub mod daemon;
 pub mod damage;
+pub mod fio;
 pub mod fsx;
 pub mod holder;
 pub mod minbase;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ploop::disk::open::DESCRIPTOR;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -181,10 +182,11 @@ impl Rig {
 
     /// The image file that a container writes to.
     pub fn top(&self, container: &str) -> PathBuf {
+        // Not the only image, and with what an operation left that was killed not the only file.
         let dir = self.root.join("containers").join(container);
-        let mut names = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
-        let is_image = |p: &PathBuf| p.file_name().unwrap().to_str().unwrap().contains(".hds");
-        names.find(is_image).unwrap()
+        let xml = fs::read(dir.join(DESCRIPTOR)).unwrap();
+        let d = ploop::descriptor::parse(&xml).unwrap();
+        dir.join(&d.image(d.top).unwrap().file)
     }
 
     /// The image file of the only layer.

@@ -13,8 +13,9 @@ use std::thread;
 
 use nbd_server::control::client::resource;
 use nbd_server::control::model::{Backup, BackupStart, Job};
-use ploop_tests::crash::Rng;
+use ploop_tests::crash::{Rng, env};
 use ploop_tests::daemon::{Daemon, snapshots};
+use ploop_tests::fio::Fio;
 use ploop_tests::mount::wait_for;
 use ploop_tests::server::{out, pattern};
 use ploop_tests::store::Rig;
@@ -82,9 +83,18 @@ fn dirty(rig: &Rig) -> u64 {
         .unwrap()
 }
 
+/// Raises a flag when dropped.
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Goal: a chain is the disk as it was at each instant, whatever clients did, and QEMU's tools alone
-/// give it back. Method: writers all the time; the content of each backup's snapshot against what
-/// qemu-img reads in the file.
+/// give it back. Method: fio and a writer of zeros and data all the time; the content of each backup's
+/// snapshot against what qemu-img reads in the file.
 #[test]
 fn a_full_backup_and_five_increments_under_writers_are_the_disk_at_each_instant() {
     let rig = Rig::new();
@@ -94,25 +104,28 @@ fn a_full_backup_and_five_increments_under_writers_are_the_disk_at_each_instant(
     let files: Vec<String> = (0..6).map(|n| format!("b{n}.qcow2")).collect();
     let mut contents = Vec::new();
     thread::scope(|s| {
-        for writer in 0..2u64 {
-            let (daemon, stop) = (&daemon, &stop);
-            s.spawn(move || {
-                let mut client = daemon.open("ct");
-                let mut rng = Rng(7 + writer);
-                while !stop.load(Ordering::Relaxed) {
-                    let at = rng.below(60 * MIB / 512) * 512;
-                    let len = (1 + rng.below(24)) * 512;
-                    match rng.below(12) {
-                        0 => client.write(at, &vec![0; len as usize]),
-                        1 => client.flush(),
-                        n => client.write(at, &pattern(len as usize, n)),
-                    }
-                    // Few enough that an increment is less than all.
-                    thread::sleep(std::time::Duration::from_millis(1));
+        // Also when something panics: the writer would never end.
+        let _stop = Raised(&stop);
+        // Few writes enough that an increment is less than all.
+        let seconds = env("PLOOP_BACKUP_SECONDS", 6);
+        let fio = Fio::start(&daemon.uri("ct"), seconds, &["--rate_iops=100"]);
+        let (at_work, stopped) = (&daemon, &stop);
+        s.spawn(move || {
+            let mut client = at_work.open("ct");
+            let mut rng = Rng(8);
+            while !stopped.load(Ordering::Relaxed) {
+                // Where fio does not write.
+                let at = 40 * MIB + rng.below(20 * MIB / 512) * 512;
+                let len = (1 + rng.below(24)) * 512;
+                match rng.below(12) {
+                    0 => client.write(at, &vec![0; len as usize]),
+                    1 => client.flush(),
+                    n => client.write(at, &pattern(len as usize, n)),
                 }
-                client.disconnect();
-            });
-        }
+                thread::sleep(std::time::Duration::from_millis(1));
+            }
+            client.disconnect();
+        });
         for (n, file) in files.iter().enumerate() {
             let since = (n > 0).then_some("night");
             let (begun, content) = begin(&rig, &daemon, file, since);
@@ -123,6 +136,7 @@ fn a_full_backup_and_five_increments_under_writers_are_the_disk_at_each_instant(
             contents.push(content);
         }
         stop.store(true, Ordering::Relaxed);
+        fio.wait();
     });
     for (file, content) in files.iter().zip(&contents) {
         assert_eq!(&by_qemu(&rig, file), content, "{file}");
