@@ -108,6 +108,12 @@ impl Stream {
         self.heads.iter().any(|r| r.contains(&at))
     }
 
+    /// Whether the byte is one of the upper ones of the new image's size.
+    pub fn is_size(&self, at: usize) -> bool {
+        let init = self.payloads.iter().position(|r| r.len() >= 64);
+        init.is_some_and(|n| (self.heads[n].start + 18..self.heads[n].end).contains(&at))
+    }
+
     /// Whether the byte is one of a payload, but for its first and last ones.
     pub fn is_inside(&self, at: usize) -> bool {
         let inside = |r: &Range<usize>| (r.start + 4..r.end.saturating_sub(1)).contains(&at);
