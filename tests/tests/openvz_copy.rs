@@ -371,7 +371,7 @@ fn what_we_send_is_what_we_receive() {
     let ((_, from), (_, to)) = (host(), host());
     container(&from, "src", Version::V2, 2048, 64 << 20);
     write(&from, "src", 40 << 20, &[1; 4096]);
-    write(&from, "src", 50 << 20, &[0; 65536]);
+    write(&from, "src", 50 << 20, &vec![0; 65536]);
     assert_eq!(moved(&from, "src", None, &to).data, 4096);
 }
 
@@ -390,7 +390,8 @@ fn answered(replies: &[i32]) -> (ploop::Result<openvz::SentDisk>, Vec<u8>) {
 /// Goal: the bytes are those that OpenVZ's receiver reads. Method: against a stream made by hand.
 #[test]
 fn what_we_send_is_made_as_the_format_says() {
-    for (features, md5) in [(-3, true), (-2, false)] {
+    // OpenVZ's 9 says -1, and takes data of the device.
+    for (features, md5) in [(-3, true), (-2, false), (-1, true)] {
         let (done, sent) = answered(&[features, 0, 0, 0, 0, 0]);
         assert_eq!(done.unwrap().bytes, sent.len() as u64);
         let mut wanted = Stream::empty();
@@ -408,16 +409,16 @@ fn what_we_send_is_made_as_the_format_says() {
 #[test]
 fn what_the_receiver_answers_is_believed() {
     for (replies, says) in [
-        (&[][..], "talk to the receiver"),
+        (&[][..], "closed the stream before its end"),
         (&[13], "shake hands"),
         (&[0], "before version 9"),
-        (&[-1], "before version 9"),
+        (&[-1, 38], "before version 9"),
         (&[i32::MIN], "before version 9"),
         (&[-3, 38], "make an image: exit code 38"),
         (&[-3, 0, 7], "write data: exit code 7"),
         (&[-3, 0, 0, -1], "sync"),
         (&[-3, 0, 0, 0, 22], "detach"),
-        (&[-3, 0, 0, 0, 0], "talk to the receiver"),
+        (&[-3, 0, 0, 0, 0], "closed the stream before its end"),
         (&[-3, 0, 0, 0, 0, 13], "finish"),
     ] {
         let e = answered(replies).0.unwrap_err().to_string();
@@ -465,7 +466,29 @@ fn the_programs_talk_over_a_socket_and_over_two_pipes() {
     ended(receiver);
     assert_eq!(to.content("b"), from.content("a"));
     assert!(to.run(["check", "b"]).contains("clean"));
-    // A cut one: nothing is there, and who sends is told why.
+    // A receiver that goes away is a failure, not somebody who has enough.
+    let (here, there) = UnixStream::pair().unwrap();
+    drop(there);
+    let out = program(&from, &send, Stdio::null(), fd(here));
+    let out = out.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        !out.status.success() && said.contains("closed the stream"),
+        "{said}"
+    );
+    // So is a sender that went away before its end was answered; the first answer fails, so there is nothing.
+    let (mut here, there) = UnixStream::pair().unwrap();
+    here.write_all(&small(false).0.bytes).unwrap();
+    drop(here);
+    let out = program(&to, &["receive", "d", "--openvz"], fd(there), Stdio::null());
+    let out = out.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        !out.status.success() && said.contains("closed the stream"),
+        "{said}"
+    );
+    assert!(!to.root().join("containers/d").exists());
+    // A cut one: nothing is there, and it is said.
     let mut receiver = program(
         &to,
         &["receive", "c", "--openvz"],

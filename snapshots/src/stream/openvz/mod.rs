@@ -30,8 +30,8 @@
 //!
 //! An answer is an `int` on the socket that the stream comes on: 0, or the exit code of OpenVZ's tool
 //! for what failed. That to the handshake is the features of both sides, negative (bit 0: MD5, bit 1:
-//! data of the device). Tools from before the handshake begin with data, and those before features
-//! answer it with 0.
+//! data of the device). OpenVZ's 9 answers -1 to every handshake, and takes data of the device all the
+//! same. Tools from before the handshake begin with data, and answer it with 0.
 //!
 //! What is sent is one disk, without its snapshots, in one of two ways:
 //!
@@ -43,8 +43,9 @@
 //! 7 and 6 have packets of 16 bytes, `0x4CC0AC3D`, size (4), position (8): of size 0 the end; of size 4
 //! at 0 the sync, which is answered with a line, `SUCCESS` or `FAILURE`.
 //!
-//! What is agreed on and held to here, and not by that tool: the features used are those of both sides;
-//! an answer to data counts; what comes with a wrong MD5 is refused.
+//! Held to here, and not by that tool: an answer to data counts; an end after a wrong MD5 is not
+//! answered with 0. No MD5 covers the bytes before it: what they say is judged, but a position that
+//! was damaged on its way, and is still one on the device, is not found.
 
 mod file;
 mod receive;

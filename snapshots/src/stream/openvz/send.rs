@@ -75,7 +75,9 @@ pub fn send(
     sender.handshake()?;
     let mut init = vec![0; cluster_sectors as usize];
     init[..4].copy_from_slice(&INIT.to_le_bytes());
-    sender.said(COMMAND, size / SECTOR, &init, "make an image")?;
+    sender
+        .said(COMMAND, size / SECTOR, &init, "make an image")
+        .map_err(|e| e.fix(format!("Look at what it said. {OLD}")))?;
     let total = image.data()?;
     let mut looked = 0;
     image.walk(&mut |offset, bytes| {
@@ -113,12 +115,10 @@ impl Sender<'_> {
             return Err(refused("shake hands", reply));
         }
         let theirs = u64::from(reply.unsigned_abs()) & ours;
-        if theirs & FEATURE_DEVICE == 0 {
-            return Err(Error::unsupported(
-                "the receiver is a `ploop copy` before version 9, which takes nothing but the files of \
-                 images",
-            )
-            .fix("Make one and copy it: ploop convert CT ct.hds --to ploop"));
+        // That it takes data of the device 9 does not say, though it does: it answers -1. One that
+        // does not refuses to make an image.
+        if theirs == 0 {
+            return Err(too_old());
         }
         self.out.md5 = theirs & FEATURE_MD5 != 0;
         Ok(())
@@ -163,6 +163,14 @@ impl Sender<'_> {
         self.waiting = waiting;
         Ok(())
     }
+}
+
+/// What is to be done with a receiver that makes no image.
+const OLD: &str = "One before version 9 takes nothing but the files of images: make one and copy it: \
+                   ploop convert CT ct.hds --to ploop";
+
+fn too_old() -> Error {
+    Error::unsupported("the receiver is a `ploop copy` before version 9").fix(OLD)
 }
 
 fn refused(what: &str, code: i32) -> Error {

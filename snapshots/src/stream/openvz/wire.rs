@@ -170,7 +170,15 @@ pub(super) fn code(e: &Error) -> i32 {
 /// Writes an answer.
 pub(super) fn answer(out: &mut dyn Write, bytes: &[u8]) -> Result<()> {
     let written = out.write_all(bytes).and_then(|()| out.flush());
-    written.map_err(|e| Error::io("answer", "the sender", e))
+    written.map_err(|e| match e.kind() {
+        // Not as one of a pipe: it has not enough of our output, it is gone.
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::new(
+            Kind::Io,
+            "the sender closed the stream before it was answered",
+        )
+        .fix("What it said tells why"),
+        _ => Error::io("answer", "the sender", e),
+    })
 }
 
 /// The bytes before a payload.
@@ -216,8 +224,16 @@ impl Output<'_> {
 }
 
 fn gone(e: io::Error) -> Error {
-    Error::io("talk to the receiver", "stream", e).fix(
-        "Look at what it said. Its answers are read from standard output if that is a socket, \
-         else from standard input",
-    )
+    match e.kind() {
+        // Not as one of a pipe: whoever reads the stream has not enough of it.
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof => Error::new(
+            Kind::Io,
+            "the receiver closed the stream before its end",
+        )
+        .fix(
+            "What it said tells why. Its answers are read from standard output if that is a socket, \
+             else from standard input",
+        ),
+        _ => Error::io("talk to the receiver", "stream", e),
+    }
 }
