@@ -313,6 +313,21 @@ fn the_file_of_an_image_becomes_a_container_when_it_is_sound() {
 }
 
 #[test]
+fn zeros_at_the_end_of_a_file_are_not_missed() {
+    let (mut file, mut shown) = image(Version::V2);
+    // The last cluster that was taken is the disk's first one.
+    let last = file.len() - CLUSTER as usize;
+    file[last..].fill(0);
+    shown[..CLUSTER as usize].fill(0);
+    let mut s = Stream::new(true);
+    as_file(&file[..last], |pos, bytes| s.packet(0, pos, bytes));
+    s.finish();
+    let (_, root) = host();
+    received(&root, "dst", &s.bytes).0.unwrap();
+    assert!(shows(&root, "dst", None) == shown);
+}
+
+#[test]
 fn the_file_of_an_image_that_is_not_sound_is_refused() {
     let (file, _) = image(Version::V2);
     let refuse = |says: &str, change: &dyn Fn(&mut Stream)| {

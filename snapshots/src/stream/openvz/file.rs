@@ -9,7 +9,7 @@ use ploop::disk::Disk;
 use ploop::error::{Error, Result};
 use ploop::format::ploop::header::{HEADER_BYTES, Header, Unchecked, has_signature};
 use ploop::store::{Access, StoreFile};
-use ploop::verify::{Class, check_image};
+use ploop::verify::{Class, check_image, slots};
 
 use crate::convert::{Progress, pieces};
 use crate::store::Root;
@@ -47,17 +47,36 @@ impl Incoming {
         self.file.write_at(bytes, offset)
     }
 
-    /// A packet was written.
-    pub(super) fn wrote(&mut self) -> Result<()> {
-        if self.end == 0 {
+    /// The data of a packet at `offset` was written.
+    pub(super) fn wrote(&mut self, offset: u64) -> Result<()> {
+        // A disk that grew meanwhile has another header.
+        if self.end == 0 || offset < HEADER_BYTES {
             let header = self.header()?;
             let data = u64::from(header.entries) * header.cluster_bytes();
-            self.end = header
-                .data_start
-                .saturating_add(data)
-                .saturating_add(BEHIND);
+            let end = header.data_start.saturating_add(data);
+            self.end = end.saturating_add(BEHIND);
         }
         Ok(())
+    }
+
+    /// Adds what was left out at the end: senders skip clusters of zeros.
+    fn complete(&self) -> Result<()> {
+        let header = self.header()?;
+        let mut end = header.data_start;
+        let table = HEADER_BYTES..HEADER_BYTES + 4 * u64::from(header.entries);
+        slots(self.file.as_ref(), table, &mut |_, entry| {
+            let behind = header
+                .entry_offset(entry)
+                .saturating_add(header.cluster_bytes());
+            // Others are for the check to find.
+            if behind <= self.end {
+                end = end.max(behind);
+            }
+        })?;
+        match self.file.len()? < end {
+            true => self.file.set_len(end),
+            false => Ok(()),
+        }
     }
 
     fn header(&self) -> Result<Header> {
@@ -78,6 +97,7 @@ impl Incoming {
 
     /// All of it came: the image is checked. Error: `Corrupt`, also for one that its sender did not close.
     pub(super) fn check(&self) -> Result<Header> {
+        self.complete()?;
         let scan = check_image(self.file.as_ref())?;
         let bad = |f: &&ploop::verify::Finding| f.kind.class() >= Class::Dirty;
         match scan.findings.iter().find(bad) {

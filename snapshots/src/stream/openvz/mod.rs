@@ -40,6 +40,9 @@
 //!  8, 7   data of the top image's file …, sync, …, its header, closed, finish
 //! ```
 //!
+//! Clusters of zeros are left out when they come first; a file ends before them. The first packet of a
+//! file is its beginning.
+//!
 //! 7 and 6 have packets of 16 bytes, `0x4CC0AC3D`, size (4), position (8): of size 0 the end; of size 4
 //! at 0 the sync, which is answered with a line, `SUCCESS` or `FAILURE`.
 //!
@@ -74,6 +77,6 @@ pub struct Copied {
     pub md5: bool,
     /// What came was the file of an image, not the device.
     pub file: bool,
-    /// Packets of changed blocks, which were dropped.
+    /// Packets of changed blocks, or an image's extension of them, which were dropped.
     pub cbt_dropped: u64,
 }

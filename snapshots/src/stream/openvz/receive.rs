@@ -323,7 +323,7 @@ impl Receiver<'_> {
             progress(*data, *data);
             file.write(pos + at, piece)
         })?;
-        file.wrote()
+        file.wrote(pos)
     }
 
     /// Steps 2 and 3.
@@ -338,6 +338,7 @@ impl Receiver<'_> {
                 file = true;
                 let header = incoming.check()?;
                 let size = header.size();
+                self.cbt += u64::from(header.extension_sector != 0);
                 let (disk, manifest) = self.image(header.cluster_sectors, size)?;
                 incoming.pour(self.root, &disk, self.progress)?;
                 disk.close()?;
