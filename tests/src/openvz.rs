@@ -1,11 +1,15 @@
 //! Streams of OpenVZ's `ploop copy`, byte by byte.
 
+use std::io::Write;
 use std::ops::Range;
 
 use md5::{Digest, Md5};
 use ploop::Result;
+use ploop::store::recording::RecordingStore;
 use snapshots::Root;
 use snapshots::stream::openvz::{self, Copied};
+
+use crate::stream::on;
 
 /// Types of packets.
 pub const COMMAND: u32 = 1;
@@ -133,4 +137,49 @@ pub fn codes(replies: &[u8]) -> Vec<i32> {
     let (codes, rest) = replies.as_chunks::<4>();
     assert!(rest.is_empty());
     codes.iter().map(|c| i32::from_le_bytes(*c)).collect()
+}
+
+/// Clusters of [`as_file`], in bytes.
+const CLUSTER: usize = 64 * 512;
+
+/// A file as versions before 9 send it: whole, some of it again, its header closed at last.
+pub fn as_file(file: &[u8], mut send: impl FnMut(u64, &[u8])) {
+    let mut dirty = file[..4096].to_vec();
+    dirty[44..48].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
+    send(0, &dirty);
+    for (n, piece) in file.chunks(CLUSTER).enumerate().skip(1) {
+        send((n * CLUSTER) as u64, piece);
+    }
+    send(4096, &file[4096..CLUSTER]);
+    send(0, &file[..4096]);
+}
+
+/// Answers that are noted in the log when all of them are given.
+struct Told<'a> {
+    log: &'a RecordingStore,
+    left: usize,
+}
+
+impl Write for Told<'_> {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        self.left -= buf.len();
+        if self.left == 0 {
+            self.log.mark(1);
+        }
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Receives a stream on a store that is recorded.
+pub fn recorded(log: &RecordingStore, s: &Stream) -> Result<Copied> {
+    let mut told = Told {
+        log,
+        left: 4 * s.answered,
+    };
+    let root = on(log.store());
+    openvz::receive(&root, "dst", &mut &s.bytes[..], &mut told, &|_, _| ())
 }

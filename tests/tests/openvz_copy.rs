@@ -9,6 +9,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 
 use ploop::Kind;
@@ -18,12 +19,13 @@ use ploop::format::ploop::delta::read_header;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create};
 use ploop::store::memory::MemoryStore;
+use ploop::store::recording::{Budget, Calls, Fault, RecordingStore};
 use ploop::store::{Access, Store};
 use ploop_tests::openvz::{
-    COMMAND, DEVICE, INIT_QCOW2, MOUNT, SYNC, Stream, UMOUNT, codes, received,
+    COMMAND, DEVICE, INIT_QCOW2, MOUNT, SYNC, Stream, UMOUNT, as_file, codes, received, recorded,
 };
 use ploop_tests::store::{Rig, on_export};
-use ploop_tests::stream::{container, everything, grown, host, shows, write};
+use ploop_tests::stream::{container, everything, grown, host, on, shows, write};
 use snapshots::Root;
 use snapshots::place::Place;
 use snapshots::stream::openvz;
@@ -267,18 +269,6 @@ fn image(version: Version) -> (Vec<u8>, Vec<u8>) {
     (bytes, shown)
 }
 
-/// A file as versions before 9 send it: whole, some of it again, its header closed at last.
-fn as_file(file: &[u8], mut send: impl FnMut(u64, &[u8])) {
-    let mut dirty = file[..4096].to_vec();
-    dirty[44..48].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
-    send(0, &dirty);
-    for (n, piece) in file.chunks(CLUSTER as usize).enumerate().skip(1) {
-        send(n as u64 * CLUSTER, piece);
-    }
-    send(4096, &file[4096..CLUSTER as usize]);
-    send(0, &file[..4096]);
-}
-
 #[test]
 fn the_file_of_an_image_becomes_a_container_when_it_is_sound() {
     for version in [Version::V1, Version::V2] {
@@ -349,6 +339,59 @@ fn the_file_of_an_image_that_is_not_sound_is_refused() {
     });
     refuse("may have", &|s| s.packet(0, 1 << 40, &[1; 512]));
     refuse("may have", &|s| s.packet(0, u64::MAX - 4, &[1; 512]));
+}
+
+/// The container is whole, or, unless its sender was told, not there; then it can be received.
+fn judge(state: &MemoryStore, s: &Stream, shown: &[u8], told: bool) {
+    let root = on(Arc::new(state.clone()));
+    let all = snapshots::list::containers(&root).unwrap();
+    assert!(all.iter().all(|c| c.error.is_none()), "{all:?}");
+    if all.is_empty() {
+        assert!(!told, "lost after it was answered");
+        received(&root, "dst", &s.bytes).0.unwrap();
+    }
+    assert!(shows(&root, "dst", None) == shown);
+}
+
+/// Goal: what was answered is durable, and nothing is in parts. Method: power cuts after every change
+/// and sync; `EIO` and a full host at every one.
+#[test]
+fn a_power_cut_or_a_failing_call_leaves_all_or_nothing() {
+    let (device, shown) = small(true);
+    let (file, of_file) = image(Version::V2);
+    let mut by_file = Stream::new(true);
+    as_file(&file, |pos, bytes| by_file.packet(0, pos, bytes));
+    by_file.finish();
+    for (s, shown) in [(device, shown), (by_file, of_file)] {
+        let log = RecordingStore::on(&host().0);
+        recorded(&log, &s).unwrap();
+        for point in 0..=log.log().len() {
+            let told = log.marks_before(point).contains(&1);
+            let budget = Budget {
+                exhaustive_units: 5,
+                seeded: 8,
+                seed: 0,
+            };
+            for state in log.states_at(point, &budget) {
+                judge(&state.build(), &s, &shown, told);
+            }
+        }
+        for fault in [Fault::Eio, Fault::Enospc] {
+            for n in 0.. {
+                let log = RecordingStore::on(&host().0);
+                log.count(Calls::Changes);
+                log.fail_at(n, fault);
+                let done = recorded(&log, &s);
+                let reached = log.calls() > n;
+                log.clear_faults();
+                judge(&log.snapshot(), &s, &shown, done.is_ok());
+                if !reached {
+                    assert!(n > 20, "{n} calls only");
+                    break;
+                }
+            }
+        }
+    }
 }
 
 /// Sends `name` of one store to `dst` of another.
