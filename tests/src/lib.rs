@@ -16,6 +16,7 @@ pub mod holder;
 pub mod minbase;
 pub mod model;
 pub mod mount;
+pub mod openvz;
 pub mod server;
 pub mod store;
 pub mod stream;

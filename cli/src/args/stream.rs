@@ -25,6 +25,10 @@ pub(crate) struct Send {
     /// Go on where a stream was cut: what `ploop receive --resume-token` printed.
     #[arg(long, value_name = "TOKEN")]
     pub resume: Option<String>,
+    /// As OpenVZ's `ploop copy` sends, to a node that has that tool: what the disk shows, without its
+    /// snapshots. Answers are read from standard output if that is a socket, else from standard input.
+    #[arg(long, conflicts_with_all = ["from", "have", "reference", "resume"])]
+    pub openvz: bool,
     /// Bytes per second, at most.
     #[arg(long, value_parser = parse_size)]
     pub rate: Option<u64>,
@@ -41,6 +45,10 @@ pub(crate) struct Receive {
     /// Keep what came when the stream is cut, so that it can go on.
     #[arg(long, requires = "name")]
     pub resumable: bool,
+    /// A stream of OpenVZ's `ploop copy`. Answers are written to standard input if that is a socket,
+    /// else to standard output; messages go to standard error.
+    #[arg(long, requires = "name", conflicts_with = "resumable")]
+    pub openvz: bool,
     /// Print, as JSON, the templates that need not be sent here: for `ploop send --have`.
     #[arg(long)]
     pub list_have: bool,

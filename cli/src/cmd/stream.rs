@@ -1,5 +1,7 @@
 //! `send`, `receive`: streams on standard output and input.
 
+mod openvz;
+
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
@@ -37,11 +39,8 @@ pub(crate) fn send(root: &Path, s: &args::Send) -> Result<()> {
         reference: s.reference.clone(),
         resume: s.resume.as_deref().map(str::parse).transpose()?,
     };
-    // Not by way of `Stdout`, which looks for lines.
-    let out = io::stdout().as_fd().try_clone_to_owned();
-    let out = out.map_err(|e| Error::io("open", "standard output", e))?;
     let mut out = Throttled {
-        out: BufWriter::with_capacity(BUFFER, File::from(out)),
+        out: BufWriter::with_capacity(BUFFER, raw_stdout()?),
         rate: s.rate,
         began: Instant::now(),
         bytes: 0,
@@ -49,18 +48,21 @@ pub(crate) fn send(root: &Path, s: &args::Send) -> Result<()> {
     let bar = Bar::new(true);
     let began = Instant::now();
     let progress = |done, total| bar.at("send", done, Some(total));
-    let sent = match super::container_of(&source) {
-        Some((store, name)) => {
-            let store = Root::open(&store, false)?;
-            let place = Place::container(&store, &name)?;
-            stream::send(&place, &what, &mut out, &progress)?
+    let (store, opener);
+    let place = match super::container_of(&source) {
+        Some((dir, name)) => {
+            store = Root::open(&dir, false)?;
+            Place::container(&store, &name)?
         }
         None => {
-            let opener = Opener::host();
-            let place = Place::disk(&opener, &source, &options.allow, true)?.called(&s.disk);
-            stream::send(&place, &what, &mut out, &progress)?
+            opener = Opener::host();
+            Place::disk(&opener, &source, &options.allow, true)?.called(&s.disk)
         }
     };
+    if s.openvz {
+        return openvz::send(s, &place, what.snapshot.as_deref(), &mut out, &progress);
+    }
+    let sent = stream::send(&place, &what, &mut out, &progress)?;
     drop(bar);
     let took = began.elapsed();
     // Beside the stream, which has standard output.
@@ -126,6 +128,9 @@ pub(crate) fn receive(root: &Path, r: &args::Receive) -> Result<()> {
     }
     snapshots::name::check(name)?;
     let root = Root::open(root, true)?;
+    if r.openvz {
+        return openvz::receive(&root, name, r);
+    }
     let bar = Bar::new(true);
     let began = Instant::now();
     let options = ReceiveOptions {
@@ -169,6 +174,13 @@ fn list_cut(root: &Path, r: &args::Receive) -> Result<()> {
     };
     let header = ["NAME", "OF", ">IMAGES", "TOKEN"];
     table(&header, all.into_iter().map(row).collect())
+}
+
+/// Standard output, not by way of `Stdout`, which looks for lines.
+fn raw_stdout() -> Result<File> {
+    let out = io::stdout().as_fd().try_clone_to_owned();
+    out.map(File::from)
+        .map_err(|e| Error::io("open", "standard output", e))
 }
 
 /// Writes no faster than it may.

@@ -50,6 +50,7 @@ mod commit;
 pub mod frame;
 pub mod manifest;
 mod onto;
+pub mod openvz;
 mod partial;
 mod receive;
 mod send;
