@@ -42,7 +42,7 @@ fn fixtures(version: Version, clusters: u64) -> Vec<Fixture> {
 fn every_story(version: Version) {
     let sweeper = Sweep {
         budget: Budget::default(),
-        work_every: 3,
+        work_every: 7,
     };
     let mut all = Tally::default();
     for fx in fixtures(version, workload::STORY_CLUSTERS) {
