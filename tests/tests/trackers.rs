@@ -223,9 +223,10 @@ fn kill_and_snapshots_and_merges_lose_no_bit() {
             check(&rig, &truth, &exact, &at("stopped"));
         }
     }
-    assert!(
-        rig.run(["check", "ct"]).contains("clean") || rig.run(["check", "ct"]).contains("dirty")
-    );
+    // Clean, or as the last kill left it.
+    let checked = rig.ploop().args(["check", "ct"]).output().unwrap();
+    let code = checked.status.code();
+    assert!(matches!(code, Some(0 | 1)), "{checked:?}");
 }
 
 fn check(rig: &Rig, truth: &Truth, exact: &BTreeMap<String, bool>, what: &str) {
