@@ -50,9 +50,7 @@ fn get(store: &dyn Store, path: &str) -> Vec<u8> {
 /// one appears under the target's name while the copy runs.
 #[test]
 fn a_file_that_came_between_is_not_the_backup() {
-    let host = Host::on(MemoryStore::shared());
-    host.init_of(Version::V2, 300);
-    host.store().create_dir(Path::new("/b")).unwrap();
+    let host = one_disk();
     let place = host.place();
     let disk = place.open().unwrap();
     let live = Live {
@@ -130,16 +128,30 @@ fn a_backup_that_was_killed_behind_its_rename_is_durable_when_it_is_done() {
     }
 }
 
-/// Goal: two disks never write one file. Method: both begin a backup to it before either copies; the
-/// first one runs on while the second tries.
-#[test]
-fn of_two_backups_to_one_file_one_is_refused() {
+/// Two disks of one host, and a directory for what both back up.
+fn two_disks() -> [Host; 2] {
     let store = MemoryStore::shared();
     let hosts = ["/one", "/two"].map(|dir| Host::at(store.clone(), dir));
     for host in &hosts {
         host.init_of(Version::V2, 300);
     }
     store.create_dir(Path::new("/b")).unwrap();
+    hosts
+}
+
+/// A disk of 300 clusters on a host that has a directory for backups.
+fn one_disk() -> Host {
+    let host = Host::on(MemoryStore::shared());
+    host.init_of(Version::V2, 300);
+    host.store().create_dir(Path::new("/b")).unwrap();
+    host
+}
+
+/// Goal: two disks never write one file. Method: both begin a backup to it before either copies; the
+/// first one runs on while the second tries.
+#[test]
+fn of_two_backups_to_one_file_one_is_refused() {
+    let hosts = two_disks();
     let places = [hosts[0].place(), hosts[1].place()];
     let disks = [places[0].open().unwrap(), places[1].open().unwrap()];
     let live = |n: usize| Live {
@@ -175,12 +187,7 @@ fn of_two_backups_to_one_file_one_is_refused() {
 /// copy, beside one that is being copied to the same file.
 #[test]
 fn dropping_one_leaves_the_files_of_another() {
-    let store = MemoryStore::shared();
-    let hosts = ["/one", "/two"].map(|dir| Host::at(store.clone(), dir));
-    for host in &hosts {
-        host.init_of(Version::V2, 300);
-    }
-    store.create_dir(Path::new("/b")).unwrap();
+    let hosts = two_disks();
     let places = [hosts[0].place(), hosts[1].place()];
     let disks = [places[0].open().unwrap(), places[1].open().unwrap()];
     let live = |n: usize| Live {
@@ -297,9 +304,7 @@ fn a_mark_with_absurd_numbers_is_not_believed() {
     .into_iter()
     .enumerate()
     {
-        let host = Host::on(MemoryStore::shared());
-        host.init_of(Version::V2, 300);
-        host.store().create_dir(Path::new("/b")).unwrap();
+        let host = one_disk();
         let place = host.place();
         let disk = place.open().unwrap();
         let live = Live {
