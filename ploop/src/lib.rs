@@ -14,6 +14,7 @@ pub mod format;
 mod gate;
 pub mod host;
 pub mod locks;
+pub mod owner;
 mod paged;
 pub mod store;
 pub mod tracker;

@@ -33,6 +33,7 @@ pub mod list;
 pub mod merge;
 pub mod meta;
 pub mod name;
+pub mod owner;
 pub mod place;
 pub mod quota;
 pub mod remove;

@@ -26,6 +26,7 @@ use crate::format::ploop::{Header, PloopDelta};
 use crate::format::qcow2;
 use crate::format::raw::RawDelta;
 use crate::locks::{DiskLock, Use, lock_image};
+use crate::owner;
 use crate::store::reserved::{Reserve, Reserved};
 use crate::store::{Access, Store, StoreFile};
 
@@ -107,8 +108,16 @@ impl Opener {
         self.disk_locks
     }
 
-    /// Takes the lock of the disk in `dir`. Error: `InUse`, naming the holder.
+    /// Takes the lock of the disk in `dir`. Errors: `InUse`, naming the holder; those of
+    /// [`owner::check`].
     pub fn lock_disk(&self, dir: &Path) -> Result<DiskLock> {
+        let lock = self.lock_moving(dir)?;
+        owner::check(self.store.as_ref(), dir)?;
+        Ok(lock)
+    }
+
+    /// The same, whoever owns the disk: for who moves it, or decides that. Error: `InUse`.
+    pub fn lock_moving(&self, dir: &Path) -> Result<DiskLock> {
         DiskLock::acquire(dir, self.control.as_deref())
     }
 
@@ -268,10 +277,13 @@ impl Opener {
         let (dir, allowed) = self.rooms(&xml, options)?;
         // The lock comes before the descriptor is read: who changes it holds the lock.
         let lock = match options.write && self.disk_locks {
-            true => Some(self.lock_disk(&dir)?),
+            true => Some(self.lock_moving(&dir)?),
             false => None,
         };
         if options.write {
+            if !options.moving {
+                owner::check(self.store.as_ref(), &dir)?;
+            }
             // The descriptor may be one whose rename a killed process did not make durable. What is
             // flushed from here on is found by it only.
             self.store.sync_dir(&dir)?;

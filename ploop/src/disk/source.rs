@@ -118,6 +118,9 @@ pub struct OpenOptions {
     /// Refuse a qcow2 image that names a backing file, wherever that is: for images that somebody
     /// else made.
     pub alone: bool,
+    /// Open a disk for writing that another service still has, or has again: for who moves it, and
+    /// lets nobody write to it before it is this one's ([`crate::owner`]).
+    pub moving: bool,
 }
 
 /// The rooms of a store that tell it from any other directory.

@@ -1,0 +1,134 @@
+use super::*;
+use crate::store::memory::MemoryStore;
+use crate::store::recording::{Budget, RecordingStore};
+
+const DISK: &str = "/disk";
+
+fn store() -> MemoryStore {
+    let store = MemoryStore::new();
+    store.create_dir(Path::new(DISK)).unwrap();
+    store
+}
+
+fn record(state: State) -> Record {
+    Record {
+        state,
+        id: Guid::from_bytes([7; 16]),
+        epoch: 3,
+        peer: "unix:/run/other.sock".into(),
+    }
+}
+
+#[test]
+fn a_record_is_read_as_it_was_written() {
+    let (store, dir) = (store(), Path::new(DISK));
+    assert_eq!(read(&store, dir).unwrap(), None);
+    for state in State::ALL {
+        Owner::write(&store, dir, record(state)).unwrap();
+        assert_eq!(read(&store, dir).unwrap(), Some(record(state)));
+    }
+    remove(&store, dir).unwrap();
+    remove(&store, dir).unwrap();
+    assert_eq!(read(&store, dir).unwrap(), None);
+}
+
+#[test]
+fn a_peer_of_any_length_that_fits_is_kept() {
+    let (store, dir) = (store(), Path::new(DISK));
+    let long = Record {
+        peer: "x".repeat(PEER_MAX),
+        ..record(State::Given)
+    };
+    Owner::write(&store, dir, long.clone()).unwrap();
+    assert_eq!(read(&store, dir).unwrap(), Some(long.clone()));
+    let longer = Record {
+        peer: "x".repeat(PEER_MAX + 1),
+        ..long
+    };
+    assert_eq!(longer.encode().unwrap_err().kind(), Kind::Invalid);
+}
+
+#[test]
+fn only_who_owns_a_disk_may_open_it() {
+    let (store, dir) = (store(), Path::new(DISK));
+    check(&store, dir).unwrap();
+    for state in State::ALL {
+        Owner::write(&store, dir, record(state)).unwrap();
+        match check(&store, dir) {
+            Ok(()) => assert!(state.owns(), "{state}"),
+            Err(e) => {
+                assert!(!state.owns(), "{state}");
+                assert_eq!((e.kind(), e.path()), (Kind::InUse, Some(dir)));
+                assert!(e.to_string().contains("unix:/run/other.sock"), "{e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_record_with_any_bit_turned_is_refused() {
+    let bytes = record(State::Given).encode().unwrap();
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes;
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(Record::decode(&damaged).is_err(), "bit {bit}");
+    }
+    let (store, dir) = (store(), Path::new(DISK));
+    Owner::write(&store, dir, record(State::Given)).unwrap();
+    let file = store.open(&path(dir), Access::Write).unwrap();
+    for len in [0, 100, 511, 513, 1 << 40] {
+        file.set_len(len).unwrap();
+        let e = check(&store, dir).unwrap_err();
+        assert_eq!(e.kind(), Kind::Corrupt, "{len}");
+    }
+}
+
+/// Cut anywhere: the state before or the one after, and the one after when it was returned.
+#[test]
+fn a_change_of_state_happened_or_did_not() {
+    let dir = Path::new(DISK);
+    type Step = fn(&dyn Store, &Path);
+    let steps: [(Step, Option<State>); 4] = [
+        (
+            |s, d| drop(Owner::write(s, d, record(State::Offered)).unwrap()),
+            Some(State::Offered),
+        ),
+        (
+            |s, d| {
+                let mut owner = Owner::open(s, d).unwrap().unwrap();
+                owner.set(State::Given, 4).unwrap();
+            },
+            Some(State::Given),
+        ),
+        (
+            |s, d| {
+                let mut owner = Owner::open(s, d).unwrap().unwrap();
+                owner.set_unsynced(State::Ready, 4).unwrap();
+                owner.sync().unwrap();
+            },
+            Some(State::Ready),
+        ),
+        (|s, d| remove(s, d).unwrap(), None),
+    ];
+    let recorded = RecordingStore::on(&store());
+    let at = recorded.store();
+    for (n, (step, _)) in steps.iter().enumerate() {
+        step(at.as_ref(), dir);
+        recorded.mark(n as u64);
+    }
+    let expected = |n: usize| n.checked_sub(1).and_then(|n| steps[n].1);
+    let mut seen = 0;
+    for point in recorded.crash_points() {
+        let done = recorded.marks_before(point).len();
+        for state in recorded.states_at(point, &Budget::default()) {
+            let found = read(&state.build(), dir).unwrap().map(|r| r.state);
+            let next = (done < steps.len()).then(|| expected(done + 1));
+            assert!(
+                found == expected(done) || Some(found) == next,
+                "{done} done: {found:?}"
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen > 10, "{seen}");
+}
