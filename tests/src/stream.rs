@@ -140,7 +140,10 @@ pub fn state(snapshot: &str) -> SendOptions {
 
 /// Receives bytes; with `resumable`, what came stays.
 pub fn received(root: &Root, name: &str, bytes: &[u8], resumable: bool) -> Result<Received> {
-    let options = ReceiveOptions { resumable };
+    let options = ReceiveOptions {
+        resumable,
+        arriving: None,
+    };
     stream::receive(root, name, options, &mut { bytes }, &|_, _| ())
 }
 

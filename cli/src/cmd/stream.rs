@@ -134,6 +134,7 @@ pub(crate) fn receive(root: &Path, r: &args::Receive) -> Result<()> {
     let bar = Bar::new(true);
     let began = Instant::now();
     let options = ReceiveOptions {
+        arriving: None,
         resumable: r.resumable,
     };
     let mut input = BufReader::with_capacity(BUFFER, io::stdin().lock());

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ploop::descriptor::{Descriptor, Guid, ImageKind};
+use ploop::descriptor::{Descriptor, Guid, ImageKind, Temporary};
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::create;
+use ploop::owner::{Owner, Record};
 use ploop::store::SECTOR;
 use uuid::Uuid;
 
@@ -43,6 +44,7 @@ pub(super) fn container(
     room: &Path,
     manifest: &Manifest,
     hashes: &[String],
+    arriving: Option<&Record>,
 ) -> Result<(u64, Option<String>, bool)> {
     let lock = root.lock(false)?;
     refuse_taken(root, name)?;
@@ -55,6 +57,7 @@ pub(super) fn container(
     let made = Made {
         root,
         manifest,
+        arriving,
         below,
         id: Uuid::new_v4(),
         top: format!("{BASE}.{}", Guid::new_v4()),
@@ -91,6 +94,8 @@ pub(super) fn container(
 struct Made<'a> {
     root: &'a Root,
     manifest: &'a Manifest,
+    /// It is this service's only when a move says so.
+    arriving: Option<&'a Record>,
     below: Option<Sealed>,
     id: Uuid,
     /// The file of the top.
@@ -123,6 +128,9 @@ impl Made<'_> {
             drop(create(store, &dir.join(&self.top), &header, 0o600)?);
         }
         drop(store.create(&side.join("lock"), 0o600)?);
+        if let Some(record) = self.arriving {
+            drop(Owner::write(store, dir, record.clone())?);
+        }
         write_new(store, &Meta::path(dir), &self.meta(hashes)?.to_json()?)?;
         write_new(store, &dir.join(DESCRIPTOR), &d.to_xml())?;
         store.sync_dir(&side)?;
@@ -160,6 +168,13 @@ impl Made<'_> {
             let on = Guid::parse(&self.last()?.guid)?;
             nodes.push((Guid::TOP, Some(on), self.top.clone()));
         }
+        let marked: Vec<Guid> = self
+            .manifest
+            .images
+            .iter()
+            .filter(|i| i.temporary)
+            .map(|i| Guid::parse(&i.guid))
+            .collect::<Result<_>>()?;
         let mut nodes = nodes.into_iter();
         let mut d = match &self.below {
             Some(below) => below.describe(size, None)?,
@@ -172,6 +187,11 @@ impl Made<'_> {
         for (guid, parent, file) in nodes {
             let parent = parent.unwrap_or(Guid::NONE);
             d.push_node(guid, parent, ImageKind::Compressed, file);
+        }
+        for guid in marked {
+            if let Some(shot) = d.shot_mut(guid) {
+                shot.temporary = Temporary::Temporary;
+            }
         }
         d.top = Guid::TOP;
         d.check()?;

@@ -122,6 +122,9 @@ pub struct Image {
     pub limit: Option<u64>,
     /// What is known of the snapshot.
     pub meta: Option<Known>,
+    /// It is to be merged away: nobody asked for this snapshot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub temporary: bool,
 }
 
 impl Image {
@@ -264,6 +267,9 @@ impl Image {
         }
         if is_top && self.meta.is_some() {
             return Err(Error::corrupt("the top has a snapshot's name"));
+        }
+        if self.temporary && (is_top || disk.what != What::Tree || self.meta.is_some()) {
+            return Err(Error::corrupt("what is to be merged away is asked for"));
         }
         if let Some(name) = self.meta.as_ref().and_then(|m| m.name.as_deref()) {
             name::check(name)?;

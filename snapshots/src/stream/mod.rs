@@ -65,7 +65,7 @@ pub(crate) use partial::PREFIX;
 pub use manifest::{Base, Disk, Image, Known, Manifest, What};
 pub use partial::{Partial, Token, forget, partial, partials};
 pub use receive::{ReceiveOptions, Received, receive};
-pub use send::{SendOptions, Sent, send};
+pub use send::{SendOptions, Sent, send, send_below};
 
 /// A place in the data of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

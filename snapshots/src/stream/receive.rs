@@ -8,12 +8,13 @@ use ploop::disk::claim::adopt;
 use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{PloopDelta, create};
+use ploop::owner::Record;
 use ploop::store::{Access, StoreFile, Trail};
 use serde::Serialize;
 
 use super::commit;
 use super::frame::{Reader, Type};
-use super::manifest::{Base, Image, Manifest, parse};
+use super::manifest::{Base, Image, Manifest, What, parse};
 use super::onto::Onto;
 use super::partial::{Room, State};
 use super::source::{hash, walk};
@@ -27,10 +28,13 @@ use crate::store::Root;
 const BLOCK: u64 = 4096;
 
 /// How a stream is received.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ReceiveOptions {
     /// Keep what came when the stream is cut, so that it can go on.
     pub resumable: bool,
+    /// The container is a move's, and has this record from the first instant; the stream is one of a
+    /// whole tree.
+    pub arriving: Option<Record>,
 }
 
 /// What was received.
@@ -83,6 +87,9 @@ pub fn receive(
     // 1.
     let mut reader = Reader::begin(input)?;
     let manifest = Manifest::receive(&mut reader)?;
+    if options.arriving.is_some() && manifest.disk.what != What::Tree {
+        return Err(reader.wrong("a move of less than a whole tree"));
+    }
     let onto = match &manifest.disk.base {
         Some(Base::Snapshot { guid, content }) => {
             Some(Onto::open(root, name, &manifest, guid, content)?)
@@ -142,7 +149,10 @@ pub fn receive(
     room.keep(true);
     let (size, snapshot, current) = match onto {
         Some(onto) => onto.commit(room.path(), &manifest)?,
-        None => commit::container(root, name, room.path(), &manifest, &hashes)?,
+        None => {
+            let arriving = options.arriving.as_ref();
+            commit::container(root, name, room.path(), &manifest, &hashes, arriving)?
+        }
     };
     room.keep(false);
     Ok(Received {

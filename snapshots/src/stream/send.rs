@@ -17,6 +17,7 @@ use crate::convert::Progress;
 use crate::hash::Hasher;
 use crate::limits::Limits;
 use crate::place::Place;
+use crate::snapshot::Live;
 
 /// What is sent.
 #[derive(Clone, Debug, Default)]
@@ -65,7 +66,34 @@ pub fn send(
     progress: Progress<'_>,
 ) -> Result<Sent> {
     let opened = Opened::open(place, options.snapshot.as_deref())?;
-    let (manifest, images, base) = plan(place, &opened, options)?;
+    write(place, &opened, options, out, progress)
+}
+
+/// Writes the whole tree of a disk that is open here, under its clients, without what its top has: what
+/// was written since the last snapshot. The caller keeps the tree as it is meanwhile. Nodes that wait
+/// for a merge are sent, and wait for it at the receiver. Otherwise as [`send`].
+pub fn send_below(
+    live: Live<'_>,
+    have: &[Have],
+    out: &mut dyn Write,
+    progress: Progress<'_>,
+) -> Result<Sent> {
+    let opened = Opened::live(live)?;
+    let options = SendOptions {
+        have: have.to_vec(),
+        ..SendOptions::default()
+    };
+    write(live.place, &opened, &options, out, progress)
+}
+
+fn write(
+    place: &Place<'_>,
+    opened: &Opened,
+    options: &SendOptions,
+    out: &mut dyn Write,
+    progress: Progress<'_>,
+) -> Result<Sent> {
+    let (manifest, images, base) = plan(place, opened, options)?;
     let records = manifest.hash()?;
     let (features, begin) = match &options.resume {
         Some(token) if token.records() == records => (CONTINUES, token.position()),

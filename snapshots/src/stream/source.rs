@@ -9,8 +9,8 @@ use ploop::descriptor::{Descriptor, Guid, Image, Temporary};
 use ploop::disk::Disk;
 use ploop::disk::info::data_bytes;
 use ploop::error::{Error, Kind, Result};
-use ploop::format::ploop::Version;
 use ploop::format::ploop::delta::read_header;
+use ploop::format::ploop::{Header, Version};
 use ploop::format::{Delta, Place as At, Run};
 use ploop::locks::DiskLock;
 use ploop::store::{Access, SECTOR};
@@ -20,6 +20,7 @@ use crate::convert::pieces;
 use crate::hash::Hasher;
 use crate::meta::Meta;
 use crate::place::Place;
+use crate::snapshot::Live;
 use crate::switch::is_raw;
 use crate::tree::order;
 
@@ -38,6 +39,8 @@ pub(super) struct Opened {
     deltas: Deltas,
     /// What its images have. A raw one is sent as an image of this version: a chain has one.
     version: Version,
+    /// Of a disk in use: its top, of which nothing is sent.
+    top: Option<Header>,
     _held: Option<DiskLock>,
 }
 
@@ -69,9 +72,33 @@ impl Opened {
                 meta,
                 deltas,
                 version,
+                top: None,
                 _held: held,
             });
         }
+    }
+
+    /// The whole tree of a disk that is open here, without what its top has. The caller keeps the tree
+    /// as it is. Errors: as of [`Opened::open`].
+    pub(super) fn live(live: Live<'_>) -> Result<Opened> {
+        let Live { place, disk } = live;
+        let _arranging = disk.arrange();
+        disk.settle(place.opener())?;
+        let (d, meta) = (place.descriptor()?, place.meta()?);
+        refuse_encrypted(place, &d)?;
+        let mut deltas = Deltas::new();
+        for image in d.images.iter().filter(|i| i.guid != d.top) {
+            refuse_continued(place, &d, image)?;
+            deltas.insert(image.guid, open_image(place, &d, image)?);
+        }
+        Ok(Opened {
+            version: version_of(place, &d)?,
+            top: Some(disk.top()?.header().clone()),
+            d,
+            meta,
+            deltas,
+            _held: None,
+        })
     }
 
     fn look(place: &Place<'_>, d: &Descriptor, node: Option<&str>) -> Result<(Meta, Deltas)> {
@@ -86,13 +113,7 @@ impl Opened {
             }
             None => d.images.iter().collect(),
         };
-        if d.encryption.is_some() {
-            return Err(Error::unsupported(
-                "the disk is encrypted, and a stream has no place for that",
-            )
-            .on(place.dir())
-            .fix("Copy its directory: ploop export"));
-        }
+        refuse_encrypted(place, d)?;
         let mut deltas = Deltas::new();
         for image in images {
             refuse(place, d, image)?;
@@ -134,6 +155,14 @@ impl Opened {
     pub(super) fn sent(&self, own: &[Guid], parent: Option<Guid>, on_base: bool) -> Result<Sent> {
         let none = || Error::corrupt("a node without an image");
         let node = *own.last().ok_or_else(none)?;
+        if let (Some(header), true) = (&self.top, node == self.d.top) {
+            return Ok(Sent {
+                record: self.record(node, parent, header.version, header.size()),
+                deltas: Vec::new(),
+                cluster: header.cluster_bytes(),
+                stands: true,
+            });
+        }
         let mut deltas = Vec::new();
         for guid in own {
             deltas.push(self.deltas.get(guid).ok_or_else(none)?.clone());
@@ -160,27 +189,34 @@ impl Opened {
                 (header.version, header.size())
             }
         };
-        let is_top = node == self.d.top;
         Ok(Sent {
-            record: Record {
-                guid: match is_top {
-                    true => Guid::TOP.to_string(),
-                    false => node.to_string(),
-                },
-                parent: parent.map(|g| g.to_string()),
-                version: version.number(),
-                size,
-                limit: self.meta.size_of(&self.d, node),
-                meta: self
-                    .meta
-                    .snapshot(node)
-                    .filter(|_| !is_top)
-                    .map(Known::from),
-            },
+            record: self.record(node, parent, version, size),
             deltas,
             cluster,
             stands: parent.is_some() || on_base,
         })
+    }
+
+    fn record(&self, node: Guid, parent: Option<Guid>, version: Version, size: u64) -> Record {
+        let is_top = node == self.d.top;
+        let shot = self.d.shot(node);
+        let temporary = !is_top && shot.is_some_and(|s| s.temporary != Temporary::No);
+        Record {
+            guid: match is_top {
+                true => Guid::TOP.to_string(),
+                false => node.to_string(),
+            },
+            parent: parent.map(|g| g.to_string()),
+            version: version.number(),
+            size,
+            limit: self.meta.size_of(&self.d, node),
+            meta: self
+                .meta
+                .snapshot(node)
+                .filter(|_| !is_top && !temporary)
+                .map(Known::from),
+            temporary,
+        }
     }
 }
 
@@ -235,6 +271,20 @@ fn refuse(place: &Place<'_>, d: &Descriptor, image: &Image) -> Result<()> {
             .on(place.dir())
             .fix("Let its merge end first"));
     }
+    refuse_continued(place, d, image)
+}
+
+fn refuse_encrypted(place: &Place<'_>, d: &Descriptor) -> Result<()> {
+    if d.encryption.is_none() {
+        return Ok(());
+    }
+    let what = "the disk is encrypted, and a stream has no place for that";
+    Err(Error::unsupported(what)
+        .on(place.dir())
+        .fix("Copy its directory: ploop export"))
+}
+
+fn refuse_continued(place: &Place<'_>, d: &Descriptor, image: &Image) -> Result<()> {
     if d.outer_parent(image.guid)?.is_some() {
         return Err(
             Error::unsupported("the disk continues another disk's directory")
@@ -318,6 +368,9 @@ pub(super) fn walk(
     stands: bool,
     sink: Sink<'_>,
 ) -> Result<()> {
+    if deltas.is_empty() {
+        return Ok(());
+    }
     let disk = Disk::sealed(Arc::new(Chain::new(deltas.to_vec())?));
     let mut present = Present::new(deltas, cluster);
     let mut last = None;

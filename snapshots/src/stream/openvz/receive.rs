@@ -244,6 +244,7 @@ impl Receiver<'_> {
             size: padded,
             limit: Some(size).filter(|s| *s < padded),
             meta: None,
+            temporary: false,
         };
         let header = image.header(cluster_sectors);
         let header = header.map_err(|e| self.input.wrong(e))?;
@@ -346,7 +347,7 @@ impl Receiver<'_> {
             }
             _ => return Err(self.input.wrong("an end before anything came")),
         };
-        commit::container(self.root, name, self.room, &manifest, &[])?;
+        commit::container(self.root, name, self.room, &manifest, &[], None)?;
         Ok(Copied {
             name: name.to_owned(),
             dir: self.dir(name),
