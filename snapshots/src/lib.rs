@@ -32,6 +32,7 @@ pub mod limits;
 pub mod list;
 pub mod merge;
 pub mod meta;
+pub mod moving;
 pub mod name;
 pub mod owner;
 pub mod place;

@@ -18,6 +18,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::str::FromStr;
 
 use ploop::error::{Error, Kind, Result};
 use ploop::store::Store;
@@ -41,6 +42,20 @@ pub struct Life {
 impl fmt::Display for Life {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.disk, self.life)
+    }
+}
+
+impl FromStr for Life {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Life> {
+        let wrong = || Error::invalid(format!("{text:?} is no life of a disk"));
+        let (disk, life) = text.split_once('/').ok_or_else(wrong)?;
+        let id = |text: &str| Uuid::try_parse(text).map_err(|e| wrong().caused_by(e));
+        Ok(Life {
+            disk: id(disk)?,
+            life: id(life)?,
+        })
     }
 }
 
@@ -68,6 +83,12 @@ pub fn begin(store: &dyn Store, dir: &Path) -> Result<Life> {
     };
     write(store, dir, life, true)?;
     Ok(life)
+}
+
+/// The disk in `dir`, which the caller has open for writing, lives the life that it lived elsewhere: all
+/// that was answered in it is here. Durable on return, as one that was not ended.
+pub fn carry_on(store: &dyn Store, dir: &Path, life: Life) -> Result<()> {
+    write(store, dir, life, true)
 }
 
 /// Marks the life as ended in order. The caller has closed the disk, cleanly and durably, and still
@@ -157,6 +178,19 @@ mod tests {
         let second = begin(&store, dir).unwrap();
         assert_ne!(second.life, first.life, "never closed");
         assert_eq!(second.disk, first.disk, "the same disk");
+    }
+
+    #[test]
+    fn a_life_goes_on_elsewhere() {
+        let (here, there, dir) = (store(), store(), Path::new(DISK));
+        let life = begin(&here, dir).unwrap();
+        let told: Life = life.to_string().parse().unwrap();
+        carry_on(&there, dir, told).unwrap();
+        end(&there, dir, told).unwrap();
+        assert_eq!(begin(&there, dir).unwrap(), life);
+        for text in ["", "/", "a/b", &life.to_string()[1..]] {
+            assert!(text.parse::<Life>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
 use ploop::locks::{Use, lock_image};
+use ploop::owner::{self, State};
 use ploop::store::{Access, StoreFile};
 use uuid::Uuid;
 
@@ -32,27 +33,61 @@ pub fn remove_containers(root: &Root, names: &[String]) -> Result<()> {
     let _alone = root.lock(true)?;
     let (mut moved, mut failed) = (false, None);
     for name in names {
-        match put_away(root, name) {
+        match put_away(root, name, false) {
             Ok(()) => moved = true,
             Err(e) => failed = failed.or(Some(e)),
         }
     }
     if moved {
-        let [from, to] = ["containers", "tmp"].map(|room| root.dir().join(room));
-        sync_moves(root.store(), &from, &to)?;
-        // 3. Nobody works in there, so the files are collected like those of interrupted work.
-        collect(root)?;
+        gone(root)?;
     }
     failed.map_or(Ok(()), Err)
 }
 
+/// The same for one whose owner is another service, or nobody yet.
+pub(crate) fn remove_moved(root: &Root, name: &str) -> Result<()> {
+    let _alone = root.lock(true)?;
+    put_away(root, name, true)?;
+    gone(root)
+}
+
+/// Behind the renames: syncs them, and step 3.
+fn gone(root: &Root) -> Result<()> {
+    let [from, to] = ["containers", "tmp"].map(|room| root.dir().join(room));
+    sync_moves(root.store(), &from, &to)?;
+    // 3. Nobody works in there, so the files are collected like those of interrupted work.
+    collect(root)
+}
+
 /// Steps 1 and 2 for one container; its name is not durably gone on return.
-fn put_away(root: &Root, name: &str) -> Result<()> {
+fn put_away(root: &Root, name: &str, moving: bool) -> Result<()> {
     let dir = root.existing_container(name)?;
-    let _held = root.lock_disk(&dir)?;
+    let _held = match moving {
+        true => root.lock_moving(&dir)?,
+        false => root.lock_disk(&dir)?,
+    };
+    if !moving {
+        refuse_offered(root, name, &dir)?;
+    }
     let _free = lock_images(root, &dir)?;
     // COMMIT
     root.store().rename_new(&dir, &away(root))
+}
+
+/// One whose move was cut is told of first: the other side may be ready to have it.
+fn refuse_offered(root: &Root, name: &str, dir: &Path) -> Result<()> {
+    let record = owner::read(root.store(), dir)?;
+    let Some(record) = record.filter(|r| r.state == State::Offered) else {
+        return Ok(());
+    };
+    let what = format!(
+        "{} does not know yet that {name} stays here (move {})",
+        record.peer, record.id
+    );
+    Err(Error::new(Kind::InUse, what).on(dir).fix(format!(
+        "It is told as soon as it is there; if it is gone for good: ploop migrate {name} --resolve \
+         take"
+    )))
 }
 
 /// A free name in `tmp`.

@@ -187,6 +187,11 @@ impl Root {
         self.locks.then(|| self.opener.lock_disk(dir)).transpose()
     }
 
+    /// The same, whoever owns the disk ([`ploop::owner`]).
+    pub(crate) fn lock_moving(&self, dir: &Path) -> Result<Option<DiskLock>> {
+        self.locks.then(|| self.opener.lock_moving(dir)).transpose()
+    }
+
     /// A fresh directory in `tmp`, removed with all in it when dropped.
     pub(crate) fn work(&self) -> Result<Work<'_>> {
         let path = self.dir.join("tmp").join(Uuid::new_v4().to_string());

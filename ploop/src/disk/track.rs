@@ -76,6 +76,20 @@ impl Disk {
         })
     }
 
+    /// Puts `trackers` in place of all lasting ones; durable on return. For who knows what they are to
+    /// hold: of what is written meanwhile they may lack some. Error: `Unsupported` where the image has
+    /// no place for them.
+    pub fn adopt_trackers(&self, trackers: Vec<Tracker>) -> Result<()> {
+        self.change_trackers(|top, all| {
+            all.retain(|t| t.passing);
+            for tracker in trackers {
+                fits(top, all, tracker.bits.granularity())?;
+                all.push(tracker);
+            }
+            Ok(())
+        })
+    }
+
     fn change_trackers<T>(
         &self,
         change: impl FnOnce(&Top, &mut Vec<Tracker>) -> Result<T>,

@@ -102,7 +102,8 @@ impl Tracker {
         })
     }
 
-    fn with(id: Id, bits: Bitmap) -> Tracker {
+    /// One that has these bits, of a disk whose changes until now are durable.
+    pub fn with(id: Id, bits: Bitmap) -> Tracker {
         Tracker {
             id,
             bits: Arc::new(bits),

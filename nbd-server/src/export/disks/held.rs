@@ -3,7 +3,7 @@
 
 use ploop::device::Depth;
 use ploop::tracker::Tracker;
-use snapshots::life;
+use snapshots::life::{self, Life};
 
 use super::*;
 
@@ -28,6 +28,29 @@ impl OpenDisk {
     pub(super) fn lives(self: &Arc<Self>) -> Option<Arc<dyn Lives>> {
         self.home.as_ref()?;
         Some(self.clone())
+    }
+
+    /// The disk goes on elsewhere, and its life with it: here that is never ended.
+    pub fn leave_life(&self) {
+        if let Some(home) = &self.home {
+            *home.life.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
+    /// It lives the life that it lived elsewhere: see [`life::carry_on`].
+    pub fn carry_on(&self, life: Life) -> Result<()> {
+        let Some(home) = &self.home else {
+            return Err(Error::unsupported("it has no life to go on with"));
+        };
+        let mut told = home.life.lock().unwrap_or_else(PoisonError::into_inner);
+        life::carry_on(home.store.as_ref(), &home.dir, life)?;
+        *told = Some(life);
+        Ok(())
+    }
+
+    /// Where its requests are asked for.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// Order: the disk is closed, then its life ended.

@@ -15,6 +15,7 @@
 //! Operations on a container use the same open disk as its clients ([`Disks::live`]), or close its
 //! [`Door`] and have it for themselves.
 
+mod arriving;
 mod completer;
 mod descriptors;
 mod exports;
@@ -42,10 +43,11 @@ use snapshots::place::Place;
 use snapshots::{Root, quota};
 
 use crate::export::{ExportInfo, Exports, Gate, Lives, OpenExport, Space, Throttle, space};
+pub use arriving::Arriving;
 use completer::Completer;
 use descriptors::{explain_limit, keep_reserve};
 pub use names::TEMPLATE;
-use names::no_export;
+use names::{Meant, no_export};
 
 /// Where disks are.
 #[derive(Debug)]
@@ -426,6 +428,13 @@ impl Disks {
                 ),
             }
         };
+        let open = self.open(&meant)?;
+        self.publish(&meant.key, &open);
+        Ok(open)
+    }
+
+    /// Opens what has an entry in the table.
+    fn open(&self, meant: &Meant) -> Result<Arc<OpenDisk>> {
         let freed = Freed {
             key: meant.key.clone(),
             id: meant.id,
@@ -443,7 +452,9 @@ impl Disks {
             if let Err(e) = place.clear_room() {
                 tracing::warn!(container = meant.key, error = %e, "a work copy is left");
             }
-            quota::arm(&place, &disk)?;
+            if !meant.options.moving {
+                quota::arm(&place, &disk)?;
+            }
         }
         let home = match meant.write && meant.source.descriptor {
             true => Some(Home {
@@ -455,30 +466,34 @@ impl Disks {
         };
         let stored = || self.stored_limits(&meant.container);
         let gate = self.throttle.gate(&meant.container, meant.id, stored);
-        let open = Arc::new_cyclic(|me| OpenDisk {
+        Ok(Arc::new_cyclic(|me| OpenDisk {
             disk,
             gate,
             freed,
             me: me.clone(),
             watched: AtomicBool::new(false),
             home,
-        });
+        }))
+    }
+
+    /// Lets others have what was opened.
+    fn publish(&self, key: &str, open: &Arc<OpenDisk>) {
         {
             let mut names = self.table.lock();
-            if let Some(entry) = names.open.get_mut(&meant.key).filter(|e| e.id == meant.id) {
-                entry.disk = Some(Arc::downgrade(&open));
+            let id = open.freed.id;
+            if let Some(entry) = names.open.get_mut(key).filter(|e| e.id == id) {
+                entry.disk = Some(Arc::downgrade(open));
                 entry.account = open.disk.account().ok();
             }
         }
         self.table.changed.notify_all();
-        tracing::debug!(export = meant.key, "opened");
-        if meant.write && self.waits_for_merge(&meant.key) {
-            tracing::info!(container = meant.key, "has unfinished merges");
+        tracing::debug!(export = key, "opened");
+        if !open.disk.read_only() && self.waits_for_merge(key) {
+            tracing::info!(container = key, "has unfinished merges");
             if let Some(hook) = self.unfinished.get() {
-                hook(&meant.key);
+                hook(key);
             }
         }
-        Ok(open)
     }
 
     /// The limits that are stored with a container; a template has none. `None`: they cannot be read.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use ploop::disk::open::{DESCRIPTOR, OpenOptions, Opener, Source};
 use ploop::error::{Error, Kind, Result};
 use ploop::locks::DiskLock;
+use ploop::owner::{self, State};
 use ploop::store::{Access, FileId};
 use snapshots::template;
 
@@ -26,8 +27,32 @@ pub(super) struct Meant {
 }
 
 impl Disks {
-    /// What `name` means now. Error: `NotFound`.
+    /// What `name` means now. Errors: `NotFound`; `InUse` for a live disk that is another service's, or
+    /// has not come.
     pub(super) fn meaning(&self, name: &str) -> Result<Meant> {
+        let meant = self.meaning_of(name)?;
+        if meant.source.descriptor && meant.source.snapshot.is_none() && !is_template(name) {
+            let dir = self.place(&meant.container)?.dir().to_owned();
+            let store = self.opener().store().as_ref();
+            match owner::read(store, &dir)? {
+                // The other side has said nothing yet, or just now: whoever opens it waits for that, as
+                // long as its mover has it.
+                Some(record) if record.state == State::Ready && self.moves(&meant.key) => {}
+                Some(_) => owner::check(store, &dir)?,
+                None => {}
+            }
+        }
+        Ok(meant)
+    }
+
+    /// True while somebody opens it, or has it to himself.
+    fn moves(&self, key: &str) -> bool {
+        let names = self.table.lock();
+        names.open.get(key).is_some_and(|e| e.disk.is_none())
+    }
+
+    /// The same, whoever has it.
+    pub(super) fn meaning_of(&self, name: &str) -> Result<Meant> {
         let (bare, snapshot) = match name.split_once('@') {
             Some((bare, snapshot)) => (bare, Some(snapshot)),
             None => (name, None),
@@ -92,6 +117,10 @@ impl Disks {
             container: name.to_owned(),
         })
     }
+}
+
+fn is_template(name: &str) -> bool {
+    name.starts_with(TEMPLATE)
 }
 
 pub(super) fn no_export(name: &str) -> Error {

@@ -31,6 +31,9 @@ pub(super) type Id = u64;
 
 const MILLISECOND: u64 = 1_000_000;
 
+/// When to look again at what goes only when somebody says so.
+const NEVER: u64 = u64::MAX;
+
 /// Fractions of a nanosecond in a container's clock, so that division by a weight loses nothing
 /// that counts.
 const CLOCK_BITS: u32 = 16;
@@ -118,6 +121,8 @@ struct Flow<T> {
     finish: u128,
     /// When it is to be looked at again, if something waits.
     due: u64,
+    /// Nothing of it goes, whatever its limits.
+    halted: bool,
     totals: Totals,
 }
 
@@ -155,7 +160,10 @@ impl<T> Flow<T> {
     ///
     /// A head that waits only for the bucket of all holds up the later one of the other kind.
     fn next(&self) -> Result<usize, u64> {
-        let mut due = u64::MAX;
+        let mut due = NEVER;
+        if self.halted {
+            return Err(NEVER);
+        }
         let mut kinds = [0, 1];
         kinds.sort_by_key(|&k| self.queues[k].front().map_or(u64::MAX, |w| w.ticket));
         for k in kinds {
@@ -246,6 +254,7 @@ impl<T> Limiter<T> {
             weight: 1,
             finish: 0,
             due: 0,
+            halted: false,
             totals: Totals::default(),
         });
         self.blocked = 0;
@@ -258,6 +267,14 @@ impl<T> Limiter<T> {
         flow.weight = weight(limits.priority());
     }
 
+    /// Holds all requests of a container back, or lets them go on.
+    pub(super) fn halt(&mut self, id: Id, halted: bool) {
+        self.blocked = 0;
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.halted = halted;
+        }
+    }
+
     /// Forgets a container of which nothing waits.
     pub(super) fn forget(&mut self, id: Id) {
         if !self.backlog.contains(&id) {
@@ -267,7 +284,8 @@ impl<T> Limiter<T> {
 
     /// True when its requests have to be asked for.
     pub(super) fn binds(&self, id: Id) -> bool {
-        let own = |f: &Flow<T>| !f.all.is_none() || f.kinds.iter().any(|p| !p.is_none());
+        let limited = |f: &Flow<T>| !f.all.is_none() || f.kinds.iter().any(|p| !p.is_none());
+        let own = |f: &Flow<T>| f.halted || limited(f);
         !self.store.is_none() || self.flows.get(&id).is_some_and(own)
     }
 
@@ -291,7 +309,12 @@ impl<T> Limiter<T> {
         };
         flow.fill(now);
         self.store.fill(now);
-        if !alone || !flow.is_idle() || !flow.admits(cost) || !self.store.admits(cost) {
+        if flow.halted
+            || !alone
+            || !flow.is_idle()
+            || !flow.admits(cost)
+            || !self.store.admits(cost)
+        {
             return false;
         }
         self.charge(id, cost);
@@ -347,7 +370,7 @@ impl<T> Limiter<T> {
                 .flows
                 .get(&id)
                 .map(|f| f.due)
-                .filter(|_| self.backlog.contains(&id));
+                .filter(|due| *due != NEVER && self.backlog.contains(&id));
         }
         match now < self.blocked {
             true => Some(self.blocked),
@@ -358,7 +381,7 @@ impl<T> Limiter<T> {
     /// When to look again.
     fn due(&self) -> Option<u64> {
         let own = self.backlog.iter().filter_map(|id| self.flows.get(id));
-        own.map(|f| f.due).min()
+        own.map(|f| f.due).min().filter(|due| *due != NEVER)
     }
 
     fn grant_of(&mut self, ids: Vec<Id>, now: u64, granted: &mut Vec<Grant<T>>) {

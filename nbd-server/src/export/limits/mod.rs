@@ -367,6 +367,24 @@ impl Gate {
         passed.map_or(Entry::Wait(ticket), |_| Entry::Pass)
     }
 
+    /// Holds back every request to the container and its snapshots, but flushes, as if its turn did
+    /// not come. Those that passed before may still be under way.
+    pub fn halt(&self) {
+        self.set_halted(true);
+    }
+
+    /// Takes [`Gate::halt`] back: what waits goes on, within its limits.
+    pub fn resume(&self) {
+        self.set_halted(false);
+    }
+
+    fn set_halted(&self, halted: bool) {
+        let mut state = self.throttle.lock();
+        state.limiter.halt(self.id, halted);
+        self.binds.store(state.limiter.binds(self.id), Relaxed);
+        self.throttle.turn(state);
+    }
+
     /// Forgets requests that wait.
     pub fn leave(&self, tickets: impl Fn(u64) -> bool) {
         let mut state = self.throttle.lock();

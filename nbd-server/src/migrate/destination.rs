@@ -1,0 +1,435 @@
+//! The side that a container comes to.
+//!
+//! 1. the stream of its tree, received as ever, into a container that nobody may open (`arriving`);
+//! 2. the container is opened, for its mover alone; what was written at the source comes in rounds;
+//! 3. all of it came: flushed, then `ready`, durable; the source hears of it;
+//! 4. the source has given it: `taken`, durable; it is published: COMMIT.
+//!
+//! A link that breaks before 3, and a crash, leave nothing of it. Between 3 and 4 the source says how
+//! the move ends, on another link; nobody may open the container before that.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ploop::descriptor::Guid;
+use ploop::device::{Device, ZeroMode};
+use ploop::error::{Error, Kind, Result};
+use ploop::owner::{Owner, Record, State};
+use ploop::tracker::bitmap::Bitmap;
+use ploop::tracker::{Id, Tracker};
+use snapshots::moving::{self, Luggage, enact, stand};
+use snapshots::owner::{self as rules, Answer, BEGUN, Next, Verdict};
+use snapshots::place::Place;
+use snapshots::stream::{self, ReceiveOptions};
+use snapshots::{Root, name};
+
+use super::link::{Link, Stop};
+use super::wire::{
+    Answered, Hello, Purpose, Refusal, Said, StreamIn, Type, VERSION, Welcome, Wire,
+};
+use crate::export::Disks;
+use crate::export::disks::Arriving;
+use crate::serve::Connections;
+
+/// A source that says nothing for so long is gone.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long a container is kept open that was taken and that nobody has opened yet.
+const KEPT: Duration = Duration::from_secs(5);
+/// How long a link is read from that was refused, so that the refusal is read before it breaks.
+const HEAR: Duration = Duration::from_secs(2);
+/// For clients to let go of a disk that goes.
+const LET_GO: Duration = Duration::from_secs(30);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// See the module text. One for a service.
+pub struct Destination {
+    disks: Arc<Disks>,
+    connections: Connections,
+    /// Moves that a link works on; set: it is to end.
+    active: Mutex<HashMap<Guid, Arc<AtomicBool>>>,
+    changed: Condvar,
+    stopping: AtomicBool,
+}
+
+impl std::fmt::Debug for Destination {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Destination").finish_non_exhaustive()
+    }
+}
+
+/// A move that a link works on; others may from its drop on.
+struct Active<'a> {
+    of: &'a Destination,
+    id: Guid,
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.of.moves().remove(&self.id);
+        self.of.changed.notify_all();
+    }
+}
+
+impl Destination {
+    /// For a service of `disks`, whose clients are `connections`.
+    pub fn new(disks: Arc<Disks>, connections: Connections) -> Destination {
+        Destination {
+            disks,
+            connections,
+            active: Mutex::default(),
+            changed: Condvar::new(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// Ends all links, those of later too.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.moves().values().for_each(|e| e.store(true, Ordering::Release));
+    }
+
+    fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<Guid, Arc<AtomicBool>>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the move for this link; one that another link works on is ended first, where `instead`
+    /// says so. Error: `InUse`.
+    fn activate(&self, id: Guid, instead: bool, end: &Arc<AtomicBool>) -> Result<Active<'_>> {
+        let mut moves = self.moves();
+        while let Some(other) = moves.get(&id) {
+            if !instead || self.stopping.load(Ordering::Acquire) {
+                let what = format!("another link works on the move {id}");
+                return Err(Error::new(Kind::InUse, what));
+            }
+            other.store(true, Ordering::Release);
+            let waited = self.changed.wait(moves);
+            moves = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(Error::new(Kind::InUse, "the service stops"));
+        }
+        moves.insert(id, end.clone());
+        Ok(Active { of: self, id })
+    }
+
+    /// Serves a link to its end. Blocks. What goes wrong is logged, and said to the other side.
+    pub fn attend(&self, mut link: Link) {
+        if let Err(e) = link.handshake() {
+            tracing::warn!(peer = link.peer(), error = %e, "a move was not let in");
+            return;
+        }
+        let peer = link.peer().to_owned();
+        let end = Arc::new(AtomicBool::new(false));
+        let stop = end.clone();
+        let stop: Stop = Arc::new(move || stop.load(Ordering::Acquire));
+        link.set_stop(stop);
+        link.set_patience(Some(SILENCE));
+        let mut wire = Wire::new(Box::new(link), &peer);
+        if let Err(e) = self.serve(&mut wire, &end) {
+            tracing::warn!(peer, error = %e, "a move ended early");
+            self.refuse(&mut wire, &e, &end);
+        }
+    }
+
+    fn refuse(&self, wire: &mut Wire, e: &Error, end: &Arc<AtomicBool>) {
+        let refusal = Refusal {
+            kind: e.kind().name().to_owned(),
+            what: e.to_string(),
+        };
+        if wire.say(Type::Refused, &refusal).is_err() {
+            return;
+        }
+        // Closed with bytes of the other side unread, the refusal might be lost with them.
+        let until = Instant::now() + HEAR;
+        let late = end.clone();
+        let timer = std::thread::Builder::new().spawn(move || {
+            while Instant::now() < until && !late.load(Ordering::Acquire) {
+                std::thread::sleep(LOOK);
+            }
+            late.store(true, Ordering::Release);
+        });
+        while wire.skip().is_ok() {}
+        end.store(true, Ordering::Release);
+        if let Ok(timer) = timer {
+            drop(timer.join());
+        }
+    }
+
+    fn serve(&self, wire: &mut Wire, end: &Arc<AtomicBool>) -> Result<()> {
+        wire.expect(Type::Hello)?;
+        let hello: Hello = wire.record()?;
+        if hello.version != VERSION {
+            let what = format!("version {} of moves; {VERSION} is known", hello.version);
+            return Err(Error::unsupported(what));
+        }
+        name::check(&hello.name)?;
+        let id = Guid::parse(&hello.id)?;
+        let root = self.root()?;
+        self.disks.refuse_read_only(&hello.name)?;
+        let _active = self.activate(id, hello.purpose == Purpose::Settle, end)?;
+        match hello.purpose {
+            Purpose::Move => self.receive(wire, root, &hello, id),
+            Purpose::Settle => self.settle(wire, root, &hello.name, id),
+        }
+    }
+
+    fn root(&self) -> Result<&Root> {
+        self.disks.root().ok_or_else(|| {
+            Error::unsupported("a single disk is served here, and no container can come to it")
+        })
+    }
+
+    /// A container comes.
+    fn receive(&self, wire: &mut Wire, root: &Root, hello: &Hello, id: Guid) -> Result<()> {
+        let name = &hello.name;
+        hello.luggage.check()?;
+        if root.existing_container(name).is_ok() {
+            let what = format!("there is a container {name} already");
+            return Err(Error::new(Kind::Exists, what).fix(
+                "Choose another name with --as; or remove that one; or, if it is of a move that was \
+                 cut, wait for its end, or decide it with ploop migrate --resolve",
+            ));
+        }
+        let have = stream::have(root)?;
+        wire.say(Type::Welcome, &Welcome { have })?;
+        let mut coming = Coming {
+            root,
+            name,
+            id,
+            arriving: None,
+            stays: false,
+        };
+        // 1.
+        let options = ReceiveOptions {
+            resumable: false,
+            arriving: Some(Record {
+                state: State::Arriving,
+                id,
+                epoch: BEGUN,
+                peer: short(wire.peer()),
+            }),
+        };
+        let received = {
+            let mut input = StreamIn::new(wire);
+            stream::receive(root, name, options, &mut input, &|_, _| ())?
+        };
+        // 2.
+        let place = Place::container(root, name)?;
+        hello.luggage.unpack(&place)?;
+        let mut owner = Owner::open(root.store(), place.dir())?
+            .ok_or_else(|| Error::corrupt("its record is gone").on(place.dir()))?;
+        let arriving = coming.arriving.insert(self.disks.arriving(name)?);
+        if let Some(life) = &hello.luggage.life {
+            arriving.disk().carry_on(life.parse()?)?;
+        }
+        wire.send(Type::Received, &[])?;
+        wire.flush()?;
+        tracing::info!(container = %name, id = %id, peer = wire.peer(), bytes = received.data, "arriving");
+        let bits = self.rounds(wire, arriving)?;
+        // 3.
+        let disk = arriving.disk();
+        disk.flush()?;
+        let trackers = trackers(&hello.luggage, bits, disk.disk().top()?.header().size())?;
+        if !trackers.is_empty() {
+            disk.disk().adopt_trackers(trackers)?;
+        }
+        owner.set(State::Ready, BEGUN)?;
+        coming.stays = true;
+        wire.send(Type::Ready, &[])?;
+        wire.flush()?;
+        // 4.
+        let verdict = hear(wire)?;
+        let (next, answer) = rules::destination(stand(Some(owner.record())), verdict);
+        let Next::Become(State::Taken, epoch) = next else {
+            // As if it had come to half only.
+            coming.stays = false;
+            drop(coming);
+            tracing::info!(container = %name, id = %id, "the move was aborted");
+            return self.answer(wire, root, name, id, answer);
+        };
+        owner.set(State::Taken, epoch)?;
+        let Some(arriving) = coming.arriving.take() else {
+            return Err(Error::corrupt("it is not open any more"));
+        };
+        // COMMIT
+        let (disk, armed) = arriving.publish();
+        tracing::info!(container = %name, id = %id, peer = wire.peer(), "taken");
+        if let Err(e) = armed {
+            tracing::error!(container = %name, error = %e, "its quota does not hold before it is opened again");
+        }
+        let told = self.answer(wire, root, name, id, answer);
+        // Whoever comes next need not open it again.
+        let until = Instant::now() + KEPT;
+        while Instant::now() < until && !self.stopping.load(Ordering::Acquire) {
+            std::thread::sleep(LOOK);
+        }
+        drop(disk);
+        told
+    }
+
+    /// Answers, and hears whether the source knows.
+    fn answer(
+        &self,
+        wire: &mut Wire,
+        root: &Root,
+        name: &str,
+        id: Guid,
+        answer: Answer,
+    ) -> Result<()> {
+        wire.say(Type::Answer, &Answered::from(answer))?;
+        if !matches!(answer, Answer::Taken(_)) {
+            return Ok(());
+        }
+        match wire.expect(Type::Confirmed) {
+            // Whatever it does not say: the record stays.
+            Err(e) => {
+                tracing::debug!(container = name, error = %e, "the source did not confirm");
+                Ok(())
+            }
+            Ok(()) => {
+                let record = moving::record(root, name, id)?;
+                if rules::confirmed(stand(record.as_ref())) == Next::Own {
+                    ploop::owner::remove(root.store(), &root.existing_container(name)?)?;
+                }
+                wire.send(Type::Done, &[])?;
+                wire.flush()
+            }
+        }
+    }
+
+    /// Step 2: takes what comes, up to the last of it. Gives the bits of the trackers.
+    fn rounds(&self, wire: &mut Wire, arriving: &Arriving) -> Result<BTreeMap<Id, Runs>> {
+        let disk = arriving.disk();
+        let whole = disk.disk().top()?.header().size();
+        let mut bits: BTreeMap<Id, Runs> = BTreeMap::new();
+        loop {
+            match wire.read()? {
+                Type::Data => {
+                    let offset = wire.number(0)?;
+                    disk.write(offset, &wire.payload()[8..])?;
+                }
+                Type::Zeros => {
+                    let (offset, len) = (wire.number(0)?, wire.number(8)?);
+                    let end = offset.checked_add(len).filter(|e| *e <= disk.size());
+                    let end = end.ok_or_else(|| wire.wrong("zeros behind the end of the disk"))?;
+                    disk.zero(offset..end, ZeroMode::default())?;
+                }
+                Type::Sync => {
+                    disk.flush()?;
+                    wire.send(Type::Synced, &[])?;
+                    wire.flush()?;
+                }
+                Type::Bits => take_bits(wire, whole, &mut bits)?,
+                Type::Prepare => return Ok(bits),
+                other => {
+                    let what = format!("a frame {other:?} among the data");
+                    return Err(wire.wrong(&what));
+                }
+            }
+        }
+    }
+
+    /// A move that was cut ends.
+    fn settle(&self, wire: &mut Wire, root: &Root, name: &str, id: Guid) -> Result<()> {
+        wire.say(Type::Welcome, &Welcome::default())?;
+        let verdict = hear(wire)?;
+        let record = moving::record(root, name, id)?;
+        let (next, answer) = rules::destination(stand(record.as_ref()), verdict);
+        tracing::info!(container = name, id = %id, ?verdict, ?answer, "a move that was cut ends");
+        let steps_down = matches!(next, Next::Become(State::Given, _));
+        let _door = steps_down.then(|| self.disks.close_door(name));
+        if let (true, Some(door)) = (steps_down, &_door) {
+            let of = |export: &str| export == name;
+            self.connections.end_where(of, LET_GO)?;
+            if !self.disks.wait_closed(door, LET_GO) {
+                let what = format!("{name} is still being closed");
+                return Err(Error::new(Kind::InUse, what));
+            }
+        }
+        enact(root, name, id, next)?;
+        self.answer(wire, root, name, id, answer)
+    }
+}
+
+fn hear(wire: &mut Wire) -> Result<Verdict> {
+    wire.expect(Type::Says)?;
+    Ok(Verdict::from(wire.record::<Said>()?))
+}
+
+/// A peer's name as a record can hold it.
+fn short(peer: &str) -> String {
+    let end = peer.len().min(ploop::owner::PEER_MAX);
+    let end = (0..=end).rev().find(|&e| peer.is_char_boundary(e));
+    peer[..end.unwrap_or(0)].to_owned()
+}
+
+/// What has come of a container; gone when dropped, unless it stays.
+struct Coming<'a> {
+    root: &'a Root,
+    name: &'a str,
+    id: Guid,
+    arriving: Option<Arriving>,
+    stays: bool,
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        // It is closed first: then its lock is free.
+        self.arriving = None;
+        if self.stays {
+            return;
+        }
+        let removed = moving::record(self.root, self.name, self.id).and_then(|record| match record {
+            Some(_) => enact(self.root, self.name, self.id, Next::Remove),
+            None => Ok(()),
+        });
+        if let Err(e) = removed {
+            tracing::warn!(container = self.name, error = %e, "half of a move stays until the service starts");
+        }
+    }
+}
+
+/// Bits of one tracker, as they came.
+type Runs = Vec<(u64, u64)>;
+
+/// Bytes of all runs, at most.
+const RUNS_MAX: usize = 256 << 20;
+
+fn take_bits(wire: &Wire, size: u64, all: &mut BTreeMap<Id, Runs>) -> Result<()> {
+    let wrong = || wire.wrong("bits that are none");
+    let (id, runs) = wire.payload().split_at_checked(16).ok_or_else(wrong)?;
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(id);
+    let taken: usize = all.values().map(|r| r.len() * 16).sum();
+    if taken + runs.len() > RUNS_MAX || !runs.len().is_multiple_of(16) {
+        return Err(wrong());
+    }
+    let entry = all.entry(Id(bytes)).or_default();
+    for at in (16..16 + runs.len()).step_by(16) {
+        let (offset, len) = (wire.number(at)?, wire.number(at + 8)?);
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(wrong());
+        }
+        entry.push((offset, len));
+    }
+    Ok(())
+}
+
+/// The trackers of a disk of `size` bytes with the bits that came; error where one of them has none.
+fn trackers(luggage: &Luggage, mut bits: BTreeMap<Id, Runs>, size: u64) -> Result<Vec<Tracker>> {
+    let mut all = Vec::new();
+    for (id, known) in &luggage.trackers {
+        let id = Id::parse(id)?;
+        let none = || Error::corrupt(format!("of the tracker {} no bits came", known.name));
+        let runs = bits.remove(&id).ok_or_else(none)?;
+        let bitmap = Bitmap::new(size, known.granularity)?;
+        for (offset, len) in runs {
+            bitmap.set(&(offset..offset + len));
+        }
+        all.push(Tracker::with(id, bitmap));
+    }
+    Ok(all)
+}

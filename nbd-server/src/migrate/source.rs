@@ -1,0 +1,661 @@
+//! The side that a container leaves, under its clients.
+//!
+//! ```text
+//!  snapshot   tree, as a stream   rounds of what was written    halted: the rest   given   taken
+//!  ───┬───────────────────────┬──────────────────────────────┬──────────────────┬───────┬──▶
+//!     └ a tracker counts from here on                        └── requests wait ─┴ clients are cut
+//! ```
+//!
+//! 1. a tracker in memory begins; a snapshot is made, and marked to be merged away wherever the disk
+//!    ends up. All below the top is final from here on;
+//! 2. the tree is sent, as `ploop send` does it;
+//! 3. rounds: the tracker is cleared at one instant, and what it had is sent; what is written often
+//!    goes last, and what was written again waits for the next round;
+//! 4. when the rest fits the downtime, the record: `offered`, durable;
+//! 5. requests are held back, the gate is closed; the rest is sent. The destination says `ready`;
+//! 6. COMMIT: the record says `given`, durable. Clients are cut, and the destination is told;
+//! 7. it has taken it: the container is removed here, and the destination told that.
+//!
+//! Until 6 an error, or a word, ends the move: requests go on here. From 6 on the disk is not opened
+//! here any more; where the destination does not answer, it is told when the service next reaches it.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ploop::descriptor::Guid;
+use ploop::device::Device;
+use ploop::disk::live::Barrier;
+use ploop::error::{Error, Kind, Result};
+use ploop::owner::{Owner, Record, State};
+use ploop::tracker::Id;
+use ploop::tracker::bitmap::Bitmap;
+use snapshots::moving::{self, Luggage};
+use snapshots::owner::{Answer, BEGUN, Next, Verdict};
+use snapshots::place::Place;
+use snapshots::snapshot::{self, Live, NewSnapshot};
+use snapshots::stream;
+
+use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
+use crate::control::Client;
+use crate::control::client::resource;
+use crate::export::disks::{Disks, Door, OpenDisk};
+use crate::export::Lives;
+use crate::hold::model::{Move, Status};
+use crate::serve::Connections;
+
+/// Bytes that a bit of the move's tracker stands for.
+const GRANULE: u64 = 64 << 10;
+/// Bytes that are read, and sent in a frame, at once.
+const PIECE: u64 = 1 << 20;
+/// Blocks that are looked at for zeros.
+const BLOCK: usize = 4096;
+/// Zeros that are sent as such; fewer cost less as bytes than as a request.
+const ZEROS_MIN: usize = 16 << 10;
+/// For clients to let go of the disk.
+const LET_GO: Duration = Duration::from_secs(30);
+/// How long the hand-over may take, beside the downtime that was asked for; clients wait for it.
+const HAND_OVER: Duration = Duration::from_secs(10);
+/// How long the destination may take to say that it has dropped what it has.
+const TAKE_BACK: Duration = Duration::from_secs(3);
+/// Rounds in a row that leave no less to be sent than the one before; then it does not converge.
+const STUBBORN: u32 = 5;
+
+/// What is asked of a move.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What the container is to be called at the destination.
+    pub name: String,
+    /// How long clients may wait at the hand-over.
+    pub downtime: Duration,
+    /// The holder of the clients, which is sent to the destination.
+    pub holder: Option<Holder>,
+    /// The disk's files stay here; nobody opens them.
+    pub keep: bool,
+}
+
+/// Who has the clients' sockets (`ploop hold`).
+#[derive(Clone, Debug)]
+pub struct Holder {
+    /// Its control socket.
+    pub control: PathBuf,
+    /// Where it finds the disk at the destination.
+    pub to: String,
+}
+
+/// Where a move is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// 0: the tree; then the rounds.
+    pub round: u32,
+    /// Bytes of the disk that were sent.
+    pub sent: u64,
+    /// Bytes that are still to be sent, as far as is known.
+    pub left: u64,
+    /// Bytes per second that are sent.
+    pub rate: u64,
+    /// Bytes per second that are written.
+    pub dirty_rate: u64,
+}
+
+/// Who watches a move, and steers it.
+pub trait Watch: Sync {
+    /// True when it is to end.
+    fn cancelled(&self) -> bool;
+    /// So many bytes more were sent: may sleep to hold a rate.
+    fn pace(&self, bytes: u64);
+    /// Where it is.
+    fn progress(&self, progress: Progress);
+    /// Before the last rounds: whoever is inside makes the disk's content consistent, and keeps it so
+    /// until the move has ended. An error ends it.
+    fn freeze(&self) -> Result<()>;
+}
+
+/// What a move came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Moved {
+    /// Rounds after the tree.
+    pub rounds: u32,
+    /// Bytes that went over the link.
+    pub bytes: u64,
+    /// Bytes of data of the tree: what had to move in any case.
+    pub data: u64,
+    /// Bytes of the granules that were written since: once each, they had to move, too.
+    pub written: u64,
+    /// From the first request that was held back until the destination had the disk, in seconds.
+    pub gap: f64,
+    /// Bytes that were sent in that time.
+    pub last: u64,
+}
+
+/// How a move ended that did not come to its end.
+#[derive(Debug)]
+pub enum Failed {
+    /// The disk is here, and its clients go on.
+    Here(Error),
+    /// It was given, and the destination has not said that it has it.
+    Given(Error),
+}
+
+/// A container on its way.
+pub struct Source<'a> {
+    /// Where it is.
+    pub disks: &'a Disks,
+    /// Its clients.
+    pub connections: &'a Connections,
+    /// Its disk.
+    pub disk: Arc<OpenDisk>,
+    /// Its place.
+    pub place: Place<'a>,
+    /// What is asked.
+    pub options: &'a Options,
+    /// Who watches.
+    pub watch: &'a dyn Watch,
+    /// The destination, as it is found again.
+    pub peer: String,
+    /// Asked by the link's end.
+    pub deadline: Arc<Deadline>,
+}
+
+impl std::fmt::Debug for Source<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source")
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is known on the way.
+struct Way {
+    id: Guid,
+    tracker: Id,
+    began: Instant,
+    progress: Progress,
+    moved: Moved,
+    /// Granules that were written in the round before, and in how many before that.
+    heat: HashMap<u64, u32>,
+    /// All that was written since the move began.
+    written: Bitmap,
+}
+
+/// Until when what is under way may take; the move's own end is its watch's.
+#[derive(Debug, Default)]
+pub struct Deadline(Mutex<Option<Instant>>);
+
+impl Deadline {
+    fn set(&self, from_now: Option<Duration>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
+            from_now.map(|d| Instant::now() + d);
+    }
+
+    /// Whether the link is to break, of a move that `cancelled` says is to end: in the hand-over it does
+    /// not, but that takes no longer than this.
+    pub fn is_over(&self, cancelled: bool) -> bool {
+        let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        until.map_or(cancelled, |until| Instant::now() >= until)
+    }
+}
+
+impl Source<'_> {
+    /// Moves the container over `wire`. The caller keeps others from changing its tree, trackers and
+    /// metadata. On an error the snapshot of step 1 waits for its merge. Blocks.
+    pub fn run(self, wire: Wire) -> Result<Moved, Failed> {
+        let tracker = Id::random();
+        let disk = self.disk.clone();
+        let begun = disk.disk().start_tracker(tracker, GRANULE, true);
+        let begun = begun.map_err(Failed::Here)?;
+        let written = Bitmap::new(begun.bits.size(), GRANULE).map_err(Failed::Here)?;
+        let way = Way {
+            id: Guid::new_v4(),
+            tracker,
+            began: Instant::now(),
+            progress: Progress::default(),
+            moved: Moved::default(),
+            heat: HashMap::new(),
+            written,
+        };
+        drop(begun);
+        let moved = self.go(wire, way);
+        if let Err(Failed::Here(_)) = &moved
+            && let Err(e) = disk.disk().stop_tracker(tracker)
+        {
+            tracing::warn!(error = %e, "the tracker of a move stays until the disk is closed");
+        }
+        moved
+    }
+
+    fn live(&self) -> Live<'_> {
+        Live {
+            place: &self.place,
+            disk: self.disk.disk(),
+        }
+    }
+
+    fn go(self, mut wire: Wire, mut way: Way) -> Result<Moved, Failed> {
+        self.before(&mut wire, &mut way).map_err(Failed::Here)?;
+        // 4.
+        let owner = Owner::write(
+            self.place.store(),
+            self.place.dir(),
+            Record {
+                state: State::Offered,
+                id: way.id,
+                epoch: BEGUN,
+                peer: self.peer.clone(),
+            },
+        );
+        let mut owner = owner.map_err(Failed::Here)?;
+        self.deadline.set(Some(HAND_OVER + self.options.downtime));
+        let door = self.disks.close_door(self.place.shown());
+        let at = Instant::now();
+        match self.hand_over(&mut wire, &mut way, &mut owner) {
+            Ok(()) => {}
+            Err(Failed::Here(e)) => {
+                drop(door);
+                self.deadline.set(Some(TAKE_BACK));
+                self.take_back(&mut wire);
+                return Err(Failed::Here(e));
+            }
+            Err(Failed::Given(e)) => {
+                self.close(&door);
+                return Err(Failed::Given(e));
+            }
+        }
+        // 7.
+        let answered = wire
+            .say(Type::Says, &Said::from(Verdict::Given))
+            .and_then(|()| answer(&mut wire));
+        way.moved.gap = at.elapsed().as_secs_f64();
+        way.moved.bytes = wire.bytes();
+        way.moved.written = way.written.dirty_bytes();
+        self.close(&door);
+        let answer = answered.map_err(Failed::Given)?;
+        let next = snapshots::owner::source(Some((State::Given, BEGUN)), answer);
+        if next != Next::Remove {
+            let what = format!("{} does not know of the move {}", wire.peer(), way.id);
+            return Err(Failed::Given(Error::new(Kind::NotFound, what)));
+        }
+        let (name, moved) = (self.place.shown().to_owned(), way.moved);
+        let (root, disks) = (self.place.root(), self.disks);
+        let keep = self.options.keep;
+        drop(self);
+        // Whoever else looked at it lets go.
+        disks.wait_closed(&door, LET_GO);
+        if let (Some(root), false) = (root, keep) {
+            // It has left; what is left here is removed by hand, or told again when the service starts.
+            if let Err(e) = moving::enact(root, &name, way.id, next) {
+                tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
+                return Ok(moved);
+            }
+        }
+        let known = wire
+            .send(Type::Confirmed, &[])
+            .and_then(|()| wire.flush())
+            .and_then(|()| wire.expect(Type::Done));
+        if let Err(e) = known {
+            tracing::warn!(container = name, error = %e, "the destination was not told that we know");
+        }
+        Ok(moved)
+    }
+
+    /// Everybody lets go of the disk; it is closed. Its life goes on elsewhere.
+    fn close(&self, _door: &Door) {
+        self.disk.leave_life();
+        let ended = self.connections.end_where(|e| self.is_of(e), LET_GO);
+        if let Err(e) = ended {
+            tracing::warn!(error = %e, "clients of a disk that has left stay connected");
+        }
+        self.disk.gate().resume();
+    }
+
+    /// The container's own export, and its snapshots'.
+    fn is_of(&self, export: &str) -> bool {
+        let rest = export.strip_prefix(self.place.shown());
+        rest.is_some_and(|r| r.is_empty() || r.starts_with('@'))
+    }
+
+    /// The destination drops what it has; the record goes when it says so, or later.
+    fn take_back(&self, wire: &mut Wire) {
+        let verdict = Said::from(Verdict::Aborted(BEGUN));
+        let told = wire
+            .say(Type::Says, &verdict)
+            .and_then(|()| answer(wire))
+            .and_then(|_| ploop::owner::remove(self.place.store(), self.place.dir()));
+        if let Err(e) = told {
+            tracing::warn!(container = self.place.shown(), error = %e, "the destination is told later that the move was aborted");
+        }
+    }
+
+    /// Steps 1 to 3.
+    fn before(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        let hello = Hello {
+            version: VERSION,
+            id: way.id.to_string(),
+            name: self.options.name.clone(),
+            purpose: Purpose::Move,
+            luggage: Luggage::of(self.live(), Some(self.disk.life()?))?,
+        };
+        wire.say(Type::Hello, &hello)?;
+        wire.expect(Type::Welcome)?;
+        let welcome: Welcome = wire.record()?;
+        // 1.
+        let new = NewSnapshot {
+            description: format!("moving to {}", self.peer),
+            ..NewSnapshot::default()
+        };
+        let taken = snapshot::take(self.live(), &new)?;
+        moving::mark(self.live(), Guid::parse(&taken.guid)?)?;
+        // 2.
+        self.tree(wire, way, &welcome)?;
+        // 3.
+        self.converge(wire, way)?;
+        self.watch.freeze()?;
+        self.round(wire, way).map(drop)
+    }
+
+    fn refuse_cancelled(&self) -> Result<()> {
+        match self.watch.cancelled() {
+            true => Err(cancelled()),
+            false => Ok(()),
+        }
+    }
+
+    /// Step 2.
+    fn tree(&self, wire: &mut Wire, way: &mut Way, welcome: &Welcome) -> Result<()> {
+        let go_on = |bytes| {
+            self.watch.pace(bytes);
+            self.refuse_cancelled()
+        };
+        let progress = |done: u64, total: u64| {
+            let seconds = way.began.elapsed().as_secs_f64().max(0.001);
+            self.watch.progress(Progress {
+                sent: done,
+                left: total.saturating_sub(done),
+                rate: (done as f64 / seconds) as u64,
+                ..Progress::default()
+            });
+        };
+        let mut out = StreamOut {
+            wire,
+            go_on: &go_on,
+        };
+        let sent = stream::send_below(self.live(), &welcome.have, &mut out, &progress);
+        // A link that broke may have been broken with a word.
+        let sent = sent.map_err(|e| self.said(wire, e))?;
+        wire.send(Type::StreamEnd, &[])?;
+        wire.flush()?;
+        wire.expect(Type::Received)?;
+        let seconds = way.began.elapsed().as_secs_f64().max(0.001);
+        way.moved.data = sent.data;
+        way.progress.sent = sent.data;
+        way.progress.rate = (sent.bytes as f64 / seconds) as u64;
+        Ok(())
+    }
+
+    /// What the destination said before the link broke, if it did.
+    fn said(&self, wire: &mut Wire, e: Error) -> Error {
+        if self.watch.cancelled() {
+            return cancelled();
+        }
+        if !wire.is_broken() {
+            return e;
+        }
+        match wire.expect(Type::Refused) {
+            Err(refused) if refused.kind() != Kind::Io => refused,
+            _ => e,
+        }
+    }
+
+    /// Rounds, until what is left fits the downtime.
+    fn converge(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        let (mut least, mut stubborn) = (u64::MAX, 0);
+        loop {
+            let left = self.round(wire, way)?;
+            // Half of it is for the rest of the hand-over.
+            let fits = way.progress.rate as f64 * self.options.downtime.as_secs_f64() / 2.0;
+            if left as f64 <= fits {
+                return Ok(());
+            }
+            stubborn = match left < least {
+                true => 0,
+                false => stubborn + 1,
+            };
+            least = least.min(left);
+            if stubborn >= STUBBORN {
+                let what = format!(
+                    "it does not converge: {} bytes a second are written, {} sent, and {left} bytes \
+                     are left after {} rounds",
+                    way.progress.dirty_rate, way.progress.rate, way.moved.rounds
+                );
+                return Err(Error::new(Kind::Io, what).fix(
+                    "Give it a longer --downtime, limit its writes meanwhile (ploop set-limits), or \
+                     give the move a higher --rate",
+                ));
+            }
+        }
+    }
+
+    /// One round. Gives how much was written meanwhile.
+    fn round(&self, wire: &mut Wire, way: &mut Way) -> Result<u64> {
+        let began = Instant::now();
+        let disk = self.disk.disk();
+        let dirty = disk.barrier().clear_tracker(way.tracker)?;
+        let again = disk.tracker(way.tracker)?.bits;
+        way.moved.rounds += 1;
+        way.progress.round = way.moved.rounds;
+        let order = order(&dirty, &way.heat);
+        way.heat = heat(&dirty, &way.heat);
+        way.written.add(&dirty);
+        let before = wire.bytes();
+        let mut left = dirty.dirty_bytes();
+        for (start, len) in order {
+            self.refuse_cancelled()?;
+            left -= len;
+            // It has to be sent again in any case.
+            if again.runs(start..start + len).all(|(_, set)| set) {
+                continue;
+            }
+            let sent = self.piece(wire, start, len)?;
+            self.watch.pace(sent);
+            way.progress.sent += len;
+            way.progress.left = left + again.dirty_bytes();
+            self.watch.progress(way.progress);
+        }
+        wire.send(Type::Sync, &[])?;
+        wire.flush()?;
+        wire.expect(Type::Synced).map_err(|e| match self.watch.cancelled() {
+            true => cancelled(),
+            false => e,
+        })?;
+        let seconds = began.elapsed().as_secs_f64().max(0.000_1);
+        let left = again.dirty_bytes();
+        let sent = wire.bytes() - before;
+        // A round of nothing says nothing of the link.
+        if sent > PIECE || way.progress.rate == 0 {
+            way.progress.rate = (sent as f64 / seconds) as u64;
+        }
+        way.progress.dirty_rate = (left as f64 / seconds) as u64;
+        way.progress.left = left;
+        self.watch.progress(way.progress);
+        Ok(left)
+    }
+
+    /// Sends a piece of the disk as it is now. Gives its bytes on the link.
+    fn piece(&self, wire: &mut Wire, start: u64, len: u64) -> Result<u64> {
+        // The last granule ends behind a disk that was shrunk.
+        let len = len.min(self.disk.size().saturating_sub(start));
+        let mut buf = vec![0; len as usize];
+        self.disk.read(start, &mut buf)?;
+        let before = wire.bytes();
+        let mut at = 0;
+        for (len, zeros) in stretches(&buf) {
+            let offset = (start + at as u64).to_le_bytes();
+            match zeros {
+                true => wire.send(Type::Zeros, &[&offset, &(len as u64).to_le_bytes()])?,
+                false => wire.send(Type::Data, &[&offset, &buf[at..at + len]])?,
+            }
+            at += len;
+        }
+        Ok(wire.bytes() - before)
+    }
+
+    /// Steps 5 and 6.
+    fn hand_over(&self, wire: &mut Wire, way: &mut Way, owner: &mut Owner) -> Result<(), Failed> {
+        let back = match &self.options.holder {
+            Some(holder) => Some(holder.now().map_err(Failed::Here)?),
+            None => None,
+        };
+        self.disk.gate().halt();
+        let barrier = self.disk.disk().barrier();
+        let done = self.rest(wire, way, &barrier).and_then(|()| {
+            if let Some(holder) = &self.options.holder {
+                holder.send(&holder.to)?;
+            }
+            Ok(())
+        });
+        if let Err(e) = done {
+            drop(barrier);
+            self.disk.gate().resume();
+            self.holder_back(back.as_deref());
+            return Err(Failed::Here(self.said(wire, e)));
+        }
+        // 6. COMMIT
+        let given = owner.set(State::Given, BEGUN);
+        // Whoever is in front of the gate gets no answer here any more.
+        self.connections.end_where(|e| self.is_of(e), Duration::ZERO).ok();
+        drop(barrier);
+        given.map_err(|e| {
+            self.holder_back(back.as_deref());
+            // Nothing was said to the destination, so whichever state it is holds.
+            Failed::Given(e.while_doing(format_args!("give {} away", self.place.shown())))
+        })
+    }
+
+    fn holder_back(&self, to: Option<&str>) {
+        if let (Some(holder), Some(to)) = (&self.options.holder, to)
+            && let Err(e) = holder.send(to)
+        {
+            tracing::error!(error = %e, "the holder of the clients was not sent back here");
+        }
+    }
+
+    /// Step 5, behind the closed gate: what is left, and the trackers' bits.
+    fn rest(&self, wire: &mut Wire, way: &mut Way, barrier: &Barrier<'_>) -> Result<()> {
+        let before = wire.bytes();
+        let dirty = barrier.clear_tracker(way.tracker)?;
+        way.written.add(&dirty);
+        for (start, len) in order(&dirty, &HashMap::new()) {
+            self.piece(wire, start, len)?;
+        }
+        for tracker in self.disk.disk().trackers().iter().filter(|t| !t.passing) {
+            bits(wire, tracker.id, &tracker.bits)?;
+        }
+        way.moved.last = wire.bytes() - before;
+        wire.send(Type::Prepare, &[])?;
+        wire.flush()?;
+        wire.expect(Type::Ready)
+    }
+}
+
+fn cancelled() -> Error {
+    Error::new(Kind::Io, "the move was told to end")
+}
+
+/// The destination's answer.
+pub(super) fn answer(wire: &mut Wire) -> Result<Answer> {
+    wire.expect(Type::Answer)?;
+    Ok(Answer::from(wire.record::<Answered>()?))
+}
+
+fn bits(wire: &mut Wire, id: Id, bits: &Bitmap) -> Result<()> {
+    let mut runs = Vec::new();
+    let mut set = bits.runs(0..bits.size()).filter(|r| r.1).peekable();
+    // One frame at least: it says that the tracker came.
+    loop {
+        while runs.len() < 512 << 10
+            && let Some((range, _)) = set.next()
+        {
+            runs.extend(range.start.to_le_bytes());
+            runs.extend((range.end - range.start).to_le_bytes());
+        }
+        wire.send(Type::Bits, &[&id.0, &runs])?;
+        runs.clear();
+        if set.peek().is_none() {
+            return Ok(());
+        }
+    }
+}
+
+/// The pieces of what was written, in the order in which they are sent: what was written in the fewest
+/// rounds first.
+fn order(dirty: &Bitmap, heat: &HashMap<u64, u32>) -> Vec<(u64, u64)> {
+    let mut pieces: Vec<(u32, u64, u64)> = Vec::new();
+    let runs = dirty.runs(0..dirty.size()).filter(|r| r.1);
+    for (range, _) in runs {
+        let mut at = range.start;
+        while at < range.end {
+            let len = GRANULE.min(range.end - at);
+            let warm = heat.get(&(at / GRANULE)).copied().unwrap_or(0);
+            match pieces.last_mut() {
+                Some((h, start, sum)) if *h == warm && *start + *sum == at && *sum < PIECE => {
+                    *sum += len;
+                }
+                _ => pieces.push((warm, at, len)),
+            }
+            at += len;
+        }
+    }
+    pieces.sort_by_key(|p| p.0);
+    pieces.into_iter().map(|(_, start, len)| (start, len)).collect()
+}
+
+fn heat(dirty: &Bitmap, before: &HashMap<u64, u32>) -> HashMap<u64, u32> {
+    let mut heat = HashMap::new();
+    for (range, _) in dirty.runs(0..dirty.size()).filter(|r| r.1) {
+        for granule in range.start / GRANULE..range.end.div_ceil(GRANULE) {
+            let warm = before.get(&granule).map_or(0, |w| w + 1);
+            heat.insert(granule, warm + 1);
+        }
+    }
+    heat
+}
+
+/// Stretches of bytes, and of zeros that are worth saying so.
+fn stretches(buf: &[u8]) -> Vec<(usize, bool)> {
+    let mut out: Vec<(usize, bool)> = Vec::new();
+    for block in buf.chunks(BLOCK) {
+        let zeros = block.iter().all(|b| *b == 0);
+        match out.last_mut() {
+            Some((len, z)) if *z == zeros => *len += block.len(),
+            _ => out.push((block.len(), zeros)),
+        }
+    }
+    let mut joined: Vec<(usize, bool)> = Vec::new();
+    for (len, zeros) in out {
+        let zeros = zeros && len >= ZEROS_MIN.min(buf.len());
+        match joined.last_mut() {
+            Some((l, z)) if *z == zeros => *l += len,
+            _ => joined.push((len, zeros)),
+        }
+    }
+    joined
+}
+
+impl Holder {
+    /// Where it is now.
+    fn now(&self) -> Result<String> {
+        let status: Status = Client::connect(&self.control)?.get(&resource(&["holder"]))?;
+        Ok(status.to)
+    }
+
+    fn send(&self, to: &str) -> Result<()> {
+        let to = Move { to: to.to_owned() };
+        let client = Client::connect(&self.control)?;
+        let _: Status = client.post(&resource(&["holder", "to"]), &to)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
