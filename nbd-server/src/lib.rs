@@ -12,12 +12,14 @@
 //!   system: sockets, threads, signals.
 //! * [`control`]: the HTTP/JSON API on a unix socket, and its client.
 //! * [`hold`]: the holder: a stable address for clients, in front of servers that come and go.
+//! * [`migrate`]: a running disk moves to another host.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod control;
 pub mod export;
 pub mod hold;
+pub mod migrate;
 pub mod serve;
 pub mod session;
 pub mod wire;
