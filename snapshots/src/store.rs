@@ -118,7 +118,8 @@ impl Root {
         &self.reserve
     }
 
-    pub(crate) fn store(&self) -> &dyn Store {
+    /// Where its files are.
+    pub fn store(&self) -> &dyn Store {
         self.opener.store().as_ref()
     }
 
@@ -137,7 +138,7 @@ impl Root {
     }
 
     /// The directory of a container that must be there. Errors: `Invalid` for no name, `NotFound`.
-    pub(crate) fn existing_container(&self, name: &str) -> Result<PathBuf> {
+    pub fn existing_container(&self, name: &str) -> Result<PathBuf> {
         crate::name::check(name)?;
         let dir = self.container(name);
         if self.store().kind(&dir)?.is_none() {

@@ -2,6 +2,7 @@
 
 mod backup;
 mod hold;
+mod migrate;
 mod openvz;
 mod resize;
 mod set;
@@ -18,6 +19,7 @@ use crate::output::parse_size;
 
 pub(crate) use backup::{Backup, BackupArgs, BackupTo, NewBackup, Restore};
 pub(crate) use hold::{Hold, HoldTo};
+pub(crate) use migrate::{Migrate, MigrateReceive, Resolve};
 pub(crate) use openvz::{Init, OpenvzCheck, OpenvzMerge, OpenvzNode, OpenvzSnapshot, SnapshotList};
 pub(crate) use resize::Resize;
 pub(crate) use set::Set;
@@ -90,6 +92,11 @@ pub(crate) enum Command {
     Send(Send),
     /// Make a container of what `ploop send` wrote, from standard input.
     Receive(Receive),
+    /// Move a container to another service, under its clients.
+    Migrate(Migrate),
+    /// Take a container that comes on standard input, and answer on standard output: for the service of
+    /// this store, at the other end of `exec:ssh`.
+    MigrateReceive(MigrateReceive),
     /// Work that a service does: list it, cancel it.
     Jobs(JobsArgs),
     /// Serve a disk, an image or a whole store over NBD.
@@ -141,6 +148,7 @@ impl Command {
             Command::Export(e) => e.json.json,
             Command::Send(s) => s.json.json,
             Command::Receive(r) => r.json.json,
+            Command::Migrate(m) => m.json.json,
             Command::Jobs(j) => j.json.json,
             Command::List(l) => l.json.json,
             Command::Info(i) => i.json.json,

@@ -9,7 +9,7 @@ use ploop::{Error, Kind, Result};
 use snapshots::Root;
 use snapshots::backup;
 
-use super::frozen;
+use super::frozen::{self, Hooks};
 use super::tree::{agent, ended};
 use crate::args::{self, BackupTo, NewBackup};
 use crate::output::{Bar, age, duration, line, print_json, size, table};
@@ -76,11 +76,23 @@ fn make(root: &Path, b: &NewBackup) -> Result<()> {
             _ => Err(Error::new(Kind::Io, job.message.unwrap_or_default())),
         }
     };
+    let late = |begun: Backup| match drop_it(begun) {
+        Ok(()) => "The backup was dropped; give it more time with --hook-timeout".to_owned(),
+        Err(e) => format!(
+            "Drop the backup with --abandon, which failed here ({e}); give it more time with \
+             --hook-timeout"
+        ),
+    };
     let pending = match (&b.freeze, &b.thaw) {
         // One that goes on has its instant behind it.
         (Some(freeze), Some(thaw)) if begun.is_none() => {
-            let limit = Duration::from_secs(u64::from(b.hook_timeout));
-            frozen::during(freeze, thaw, limit, begin, drop_it)?
+            let hooks = Hooks {
+                freeze,
+                thaw,
+                limit: Duration::from_secs(u64::from(b.hook_timeout)),
+                done: "The backup has begun: the same command goes on with it, and --abandon drops it",
+            };
+            frozen::during(hooks, begin, late)?
         }
         (Some(_), _) => {
             let pending = begin()?;

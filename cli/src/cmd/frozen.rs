@@ -17,16 +17,31 @@ const GUARD: &str = r#"timeout "$1" cat > /dev/null; exec sh -c "$2""#;
 
 const BY_HAND: &str = "See whether it is still frozen, and thaw it by hand";
 
+/// The two commands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hooks<'a> {
+    pub(super) freeze: &'a str,
+    pub(super) thaw: &'a str,
+    /// What each of the two may take, and what is between them.
+    pub(super) limit: Duration,
+    /// How it stands when only the thaw failed.
+    pub(super) done: &'a str,
+}
+
 /// Runs `work` between the two commands; each of the three has `limit`. Whatever happens, `thaw` runs
 /// once. Error: theirs, and `Io` when it was thawed before `work` had ended: what that did is then
-/// not of a frozen file system, and `undo` takes it back, so that nobody goes on with it.
+/// not of a frozen file system; `late` takes it back where it can, and says what to do.
 pub(super) fn during<T>(
-    freeze: &str,
-    thaw: &str,
-    limit: Duration,
+    hooks: Hooks<'_>,
     work: impl FnOnce() -> Result<T>,
-    undo: impl FnOnce(T) -> Result<()>,
+    late: impl FnOnce(T) -> String,
 ) -> Result<T> {
+    let Hooks {
+        freeze,
+        thaw,
+        limit,
+        done: begun,
+    } = hooks;
     // Both of what happens before it.
     let frozen = limit * 2;
     // Before the guard looks at its own clock: who is late here is late there.
@@ -41,7 +56,7 @@ pub(super) fn during<T>(
         .spawn()
         .map_err(|e| Error::io("start", "sh", e))?;
     let done = run(freeze, limit).and_then(|()| work());
-    let late = began.elapsed() >= frozen || !matches!(guard.try_wait(), Ok(None));
+    let is_late = began.elapsed() >= frozen || !matches!(guard.try_wait(), Ok(None));
     drop(guard.stdin.take());
     let thawed = wait(&mut guard, limit, thaw);
     let done = match (done, &thawed) {
@@ -52,29 +67,18 @@ pub(super) fn during<T>(
             return Err(Error::new(e.kind(), what).fix(BY_HAND));
         }
     };
-    if late {
+    if is_late {
         let what = format!(
             "it was thawed after {} s, before the instant",
             frozen.as_secs()
         );
-        let mut fix = match undo(done) {
-            Ok(()) => "The backup was dropped; give it more time with --hook-timeout".to_owned(),
-            Err(e) => format!(
-                "Drop the backup with --abandon, which failed here ({e}); give it more time with \
-                 --hook-timeout"
-            ),
-        };
+        let mut fix = late(done);
         if let Err(left) = thawed {
             fix += &format!(". And {left}. {BY_HAND}");
         }
         return Err(Error::new(Kind::Io, what).fix(fix));
     }
-    thawed.map_err(|e| {
-        e.fix(
-            "Thaw it by hand. The backup has begun: the same command goes on with it, and \
-               --abandon drops it",
-        )
-    })?;
+    thawed.map_err(|e| e.fix(format!("Thaw it by hand. {begun}")))?;
     Ok(done)
 }
 

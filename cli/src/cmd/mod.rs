@@ -10,6 +10,7 @@ mod diff;
 mod disk;
 mod frozen;
 mod hold;
+mod migrate;
 mod openvz;
 mod resize;
 mod serve;
@@ -54,6 +55,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Export(e) => tree::export(root, e)?,
         Command::Send(s) => stream::send(root, s)?,
         Command::Receive(r) => stream::receive(root, r)?,
+        Command::Migrate(m) => migrate::migrate(root, m)?,
+        Command::MigrateReceive(m) => migrate::receive(root, m)?,
         Command::Jobs(j) => tree::jobs(root, j)?,
         Command::SnapshotDelete(n) => tree::openvz_delete(n)?,
         Command::SnapshotSwitch(n) => tree::openvz_switch(n)?,

@@ -108,7 +108,7 @@ fn run_disks(
         ..Info::of_this_process(&config)
     };
     let places = listen(&mut server, s)?;
-    let service = Service::of(info, disks.clone(), server.connections());
+    let service = Service::of(info, disks.clone(), server.connections(), None);
     let (jobs, operations) = (service.jobs.clone(), service.operations.clone());
     let control = Control::start(control, service)?;
     if let Some(space) = disks.space() {

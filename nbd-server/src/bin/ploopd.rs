@@ -13,6 +13,8 @@ use clap::{Parser, ValueEnum};
 use nbd_server::control::model::Info;
 use nbd_server::control::{Control, Service, go_on_with_merges};
 use nbd_server::export::{Disks, space};
+use nbd_server::migrate::link::{Tls, TlsFiles};
+use nbd_server::migrate::{Arrivals, Destination};
 use nbd_server::{Config, EngineKind, Server, raise_file_limit};
 use ploop::disk::open::Opener;
 use ploop::{Error, Result};
@@ -42,6 +44,21 @@ struct Args {
     /// The control API's unix socket [default: ROOT/control.sock].
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// The unix socket for containers that come from other services [default: ROOT/migrate.sock].
+    #[arg(long, value_name = "PATH")]
+    migrate_socket: Option<PathBuf>,
+    /// Let containers come over TCP, too: with --tls-cert, --tls-key and --tls-ca, or on loopback.
+    #[arg(long, value_name = "ADDR:PORT")]
+    migrate_listen: Option<String>,
+    /// The certificate (PEM) that this service shows other ones.
+    #[arg(long, value_name = "PATH", requires_all = ["tls_key", "tls_ca"])]
+    tls_cert: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(long, value_name = "PATH", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// The certificate (PEM) of who has signed those of all services.
+    #[arg(long, value_name = "PATH", requires = "tls_cert")]
+    tls_ca: Option<PathBuf>,
     /// Serve containers read-only too.
     #[arg(long)]
     read_only: bool,
@@ -122,7 +139,8 @@ fn run(args: &Args) -> Result<()> {
         open_files_limit,
         ..Info::of_this_process(&config)
     };
-    let service = Service::of(info, disks.clone(), server.connections());
+    let tls = tls(args)?;
+    let service = Service::of(info, disks.clone(), server.connections(), tls.clone());
     let (jobs, operations) = (service.jobs.clone(), service.operations.clone());
     // The control socket is the store's: who has it serves the store. So it is first.
     let control = Control::start(&control_path, service)?;
@@ -131,8 +149,52 @@ fn run(args: &Args) -> Result<()> {
     }
     let mut places = listen(&mut server, args, &dir)?;
     go_on_with_merges(&disks, jobs, &operations);
+    let mut arrivals = arrivals(&disks, &server, tls, args)?;
+    places.append(&mut arrivals.1);
     places.push(format!("control API at {}", control_path.display()));
-    server.run_until_signal(|| announce(&places), move || control.stop())
+    let end = move || {
+        drop(arrivals);
+        control.stop();
+    };
+    server.run_until_signal(|| announce(&places), end)
+}
+
+fn tls(args: &Args) -> Result<Option<Tls>> {
+    let (Some(cert), Some(key), Some(ca)) = (&args.tls_cert, &args.tls_key, &args.tls_ca) else {
+        return Ok(None);
+    };
+    let files = TlsFiles {
+        cert: cert.clone(),
+        key: key.clone(),
+        ca: ca.clone(),
+    };
+    Tls::load(&files).map(Some)
+}
+
+/// Opens the places for containers that come, and ends moves that were cut; says which places.
+fn arrivals(
+    disks: &Arc<Disks>,
+    server: &Server,
+    tls: Option<Tls>,
+    args: &Args,
+) -> Result<(Arrivals, Vec<String>)> {
+    let destination = Destination::new(disks.clone(), server.connections());
+    let mut arrivals = Arrivals::new(destination, disks.clone())?;
+    let mut places = Vec::new();
+    if args.read_only {
+        return Ok((arrivals, places));
+    }
+    let default = || disks.root().map(|root| root.dir().join("migrate.sock"));
+    if let Some(path) = args.migrate_socket.clone().or_else(default) {
+        arrivals.listen_unix(&path)?;
+        places.push(format!("containers may come to {}", path.display()));
+    }
+    if let Some(address) = &args.migrate_listen {
+        let bound = arrivals.listen_tcp(address, tls.clone())?;
+        places.extend(bound.iter().map(|a| format!("containers may come to {a}")));
+    }
+    arrivals.settle(server.connections(), tls, disks.leaving().clone())?;
+    Ok((arrivals, places))
 }
 
 /// Opens the places for NBD clients; says which.

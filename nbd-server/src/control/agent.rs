@@ -21,9 +21,9 @@ use super::jobs::{Ended, JobHandle, Jobs};
 use super::metrics::Meter;
 use super::model::{
     Backup, BackupRun, BackupStart, Checked, Compact, CreateContainers, CreatedContainer,
-    DiskSpace, Export, GroupSnapshot, Job, Limits, LimitsChange, Merge, Quota, QuotaChange,
-    QuotaNow, Removed, Rename, Resize, Snapshot, SnapshotCreate, SnapshotTaken, Switch, Switched,
-    Tracker, TrackerChange, TrackerStart, Tree,
+    DiskSpace, Export, GroupSnapshot, Job, Limits, LimitsChange, Merge, Migrate, Quota,
+    QuotaChange, QuotaNow, Removed, Rename, Resize, Resolve, Resolved, Snapshot, SnapshotCreate,
+    SnapshotTaken, Switch, Switched, Tracker, TrackerChange, TrackerStart, Tree,
 };
 use super::ops::Operations;
 use super::steward::{Parts, operations};
@@ -120,6 +120,7 @@ impl Agent {
             disks,
             connections: server.connections(),
             meter: Arc::new(Meter::default()),
+            tls: None,
         };
         Agent {
             name,
@@ -244,6 +245,59 @@ impl Agent {
                 client.post(&resource(&path), merge)
             }
         }
+    }
+
+    /// [`Operations::migrate`], to its end. `follow` is called with the job as it goes, and whenever it
+    /// waits until what is inside is frozen until [`Agent::migrate_frozen`].
+    pub fn migrate(
+        &self,
+        container: &str,
+        to: &Migrate,
+        follow: &mut dyn FnMut(&Job),
+    ) -> Result<Job> {
+        let (id, client) = match &self.who {
+            Who::There(client) => {
+                let path = resource(&["containers", container, "migrate"]);
+                let job: Job = client.post(&path, to)?;
+                (job.id, Some(client))
+            }
+            Who::Here { operations, jobs } => {
+                let (operations, to) = (operations.clone(), to.clone());
+                let (name, what) = (container.to_owned(), to.to.clone());
+                let work = move |job: &JobHandle| operations.migrate(&name, &to, job);
+                (jobs.start("migrate", container, &what, work)?, None)
+            }
+        };
+        match (client, &self.who) {
+            (Some(client), _) => client.wait(id, follow),
+            (None, Who::Here { jobs, .. }) => watched(jobs, id, follow),
+            (None, Who::There(_)) => Err(Error::invalid("a job of nobody")),
+        }
+    }
+
+    /// Tells a job to stop; does not wait. Error: `NotFound`.
+    pub fn cancel(&self, job: u64) -> Result<Job> {
+        match &self.who {
+            Who::There(client) => {
+                let path = resource(&["jobs", &job.to_string(), "cancel"]);
+                client.post(&path, &serde_json::json!({}))
+            }
+            Who::Here { jobs, .. } => jobs.cancel(job),
+        }
+    }
+
+    /// [`Operations::migrate_frozen`].
+    pub fn migrate_frozen(&self, container: &str) -> Result<()> {
+        let path = ["containers", container, "migrate", "frozen"];
+        self.post(&path, &serde_json::json!({}), |o| {
+            o.migrate_frozen(container)
+        })
+    }
+
+    /// [`Operations::migrate_resolve`].
+    pub fn migrate_resolve(&self, container: &str, to: &Resolve) -> Result<Resolved> {
+        let path = ["containers", container, "migrate", "resolve"];
+        self.post(&path, to, |o| o.migrate_resolve(container, to))
     }
 
     /// [`Operations::backups`].
@@ -423,16 +477,7 @@ impl Agent {
         let id = jobs.start(kind, container, "", move |job| {
             work(operations.as_ref(), job)
         })?;
-        loop {
-            let mut job = jobs.wait(id, LOOK)?;
-            follow(job.done, job.total);
-            if let Some(failure) = job.error.take() {
-                return Err(failure.into());
-            }
-            if job.state.is_over() {
-                return Ok(job);
-            }
-        }
+        watched(jobs, id, &mut |job| follow(job.done, job.total))
     }
 
     fn get<T: DeserializeOwned>(
@@ -455,6 +500,20 @@ impl Agent {
         match &self.who {
             Who::There(client) => client.post(&resource(path), body),
             Who::Here { operations, .. } => here(operations.as_ref()),
+        }
+    }
+}
+
+/// Follows a job of this process to its end.
+fn watched(jobs: &Jobs, id: u64, follow: &mut dyn FnMut(&Job)) -> Result<Job> {
+    loop {
+        let mut job = jobs.wait(id, LOOK)?;
+        follow(&job);
+        if let Some(failure) = job.error.take() {
+            return Err(failure.into());
+        }
+        if job.state.is_over() {
+            return Ok(job);
         }
     }
 }

@@ -11,7 +11,7 @@ use ploop::error::{Error, Kind, Result};
 use tokio::sync::watch;
 
 use super::failure::Failure;
-use super::model::{Job, JobState, Resized};
+use super::model::{Job, JobState, Migration, Resized};
 use super::service::seconds;
 
 /// Jobs that are over and still listed.
@@ -70,6 +70,7 @@ struct State {
     ended: Option<(Instant, u64)>,
     message: Option<String>,
     resized: Option<Resized>,
+    migration: Option<Migration>,
     error: Option<Failure>,
 }
 
@@ -224,6 +225,7 @@ impl Entry {
                 ended: None,
                 message: None,
                 resized: None,
+                migration: None,
                 error: None,
             }),
             changed: Condvar::new(),
@@ -278,6 +280,7 @@ impl Entry {
             ended: s.ended.map(|(_, clock)| clock),
             message: s.message.clone(),
             resized: s.resized.clone(),
+            migration: s.migration.clone(),
             error: s.error.clone(),
         }
     }
@@ -325,6 +328,11 @@ impl JobHandle {
     /// Says what came out, for programs.
     pub fn resized(&self, resized: Resized) {
         lock(&self.0.state).resized = Some(resized);
+    }
+
+    /// Says where a move is.
+    pub fn migration(&self, migration: Migration) {
+        lock(&self.0.state).migration = Some(migration);
     }
 
     /// True when the job was told to stop.

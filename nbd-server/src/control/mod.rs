@@ -30,6 +30,7 @@ pub mod ops;
 mod patient;
 mod routes;
 mod routes_backups;
+mod routes_migrate;
 mod routes_store;
 mod routes_trackers;
 pub mod service;

@@ -12,6 +12,7 @@ mod backup;
 mod checked;
 mod host;
 mod limits;
+mod migrate;
 mod resize;
 mod space;
 mod tracker;
@@ -22,6 +23,9 @@ pub use backup::{Backup, BackupFormat, BackupRun, BackupStart};
 pub use checked::{Checked, Found};
 pub use host::Space;
 pub use limits::{Limits, LimitsChange};
+pub use migrate::{
+    Decision, Migrate, MigrateHolder, Migration, MigrationPhase, Moved, Resolve, Resolved,
+};
 pub use resize::{Resize, Resized};
 pub use space::{Compact, DiskSpace};
 pub use tracker::{Tracker, TrackerChange, TrackerMerge, TrackerStart};
@@ -171,11 +175,11 @@ impl JobState {
 }
 
 /// Work that takes long.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Job {
     /// Its number.
     pub id: u64,
-    /// `delete`, `merge`, `compact`, `resize`, `verify` or `flatten`.
+    /// `delete`, `merge`, `compact`, `resize`, `migrate`, `verify` or `flatten`.
     pub kind: String,
     /// On which container; `template:NAME` for a template.
     pub container: String,
@@ -200,6 +204,9 @@ pub struct Job {
     /// What a `resize` came to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resized: Option<Resized>,
+    /// Where a `migrate` is, or what it came to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
     /// Why it failed.
     #[serde(default)]
     pub error: Option<Failure>,

@@ -11,7 +11,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::{Refusal, Shared};
 use super::service::Peer;
-use super::{routes, routes_backups, routes_store, routes_trackers};
+use super::{routes, routes_backups, routes_migrate, routes_store, routes_trackers};
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -27,6 +27,7 @@ fn all() -> OpenApiRouter<Shared> {
         .merge(routes_store::routes())
         .merge(routes_trackers::routes())
         .merge(routes_backups::routes())
+        .merge(routes_migrate::routes())
 }
 
 /// The description, as served at `/openapi.json`.

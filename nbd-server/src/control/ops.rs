@@ -8,9 +8,10 @@ use ploop::error::Result;
 use super::jobs::{Ended, JobHandle};
 use super::model::{
     Backup, BackupRun, BackupStart, Checked, Compact, Container, CreateContainers,
-    CreatedContainer, DiskSpace, Export, GroupSnapshot, Limits, LimitsChange, Merge, Quota,
-    QuotaChange, QuotaNow, Removed, Rename, Resize, Snapshot, SnapshotCreate, SnapshotTaken, Space,
-    Switch, Switched, Template, Tracker, TrackerChange, TrackerStart, Tree,
+    CreatedContainer, DiskSpace, Export, GroupSnapshot, Limits, LimitsChange, Merge, Migrate,
+    Quota, QuotaChange, QuotaNow, Removed, Rename, Resize, Resolve, Resolved, Snapshot,
+    SnapshotCreate, SnapshotTaken, Space, Switch, Switched, Template, Tracker, TrackerChange,
+    TrackerStart, Tree,
 };
 
 /// The operations of a service on its store. `container` is a container's name, `snapshot` a GUID
@@ -112,6 +113,16 @@ pub trait Operations: Send + Sync + Debug {
         tracker: &str,
         change: &TrackerChange,
     ) -> Result<Tracker>;
+
+    /// Moves a container to another service, under its clients.
+    fn migrate(&self, container: &str, request: &Migrate, job: &JobHandle) -> Result<Ended>;
+
+    /// Says that what is inside a container is frozen, to the move that waits for it. Error: `NotFound`
+    /// where none does.
+    fn migrate_frozen(&self, container: &str) -> Result<()>;
+
+    /// Decides a move whose other side is gone.
+    fn migrate_resolve(&self, container: &str, request: &Resolve) -> Result<Resolved>;
 
     /// The backups of a container that have begun and not ended.
     fn backups(&self, container: &str) -> Result<Vec<Backup>>;

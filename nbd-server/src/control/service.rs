@@ -30,6 +30,7 @@ use super::patient::Patient;
 use super::socket::{self, Listening};
 use super::steward::{Parts, operations};
 use crate::export::Disks;
+use crate::migrate::link::Tls;
 use crate::serve::Connections;
 use crate::serve::listen::Listener;
 
@@ -52,7 +53,13 @@ pub struct Service {
 
 impl Service {
     /// What `disks` can do, which the NBD side of `connections` serves.
-    pub fn of(info: Info, disks: Arc<Disks>, connections: Connections) -> Service {
+    /// `tls`: by what other services know this one.
+    pub fn of(
+        info: Info,
+        disks: Arc<Disks>,
+        connections: Connections,
+        tls: Option<Tls>,
+    ) -> Service {
         let meter = Arc::new(Meter::default());
         Service {
             info,
@@ -63,6 +70,7 @@ impl Service {
                 disks,
                 connections,
                 meter,
+                tls,
             }),
             limits: Limits::default(),
         }

@@ -26,6 +26,7 @@ use snapshots::stream::{self, ReceiveOptions};
 use snapshots::{Root, name};
 
 use super::link::{Link, Stop};
+use super::settle::step_down;
 use super::wire::{
     Answered, Hello, Purpose, Refusal, Said, StreamIn, Type, VERSION, Welcome, Wire,
 };
@@ -39,8 +40,6 @@ const SILENCE: Duration = Duration::from_secs(60);
 const KEPT: Duration = Duration::from_secs(5);
 /// How long a link is read from that was refused, so that the refusal is read before it breaks.
 const HEAR: Duration = Duration::from_secs(2);
-/// For clients to let go of a disk that goes.
-const LET_GO: Duration = Duration::from_secs(30);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -88,7 +87,9 @@ impl Destination {
     /// Ends all links, those of later too.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.moves().values().for_each(|e| e.store(true, Ordering::Release));
+        self.moves()
+            .values()
+            .for_each(|e| e.store(true, Ordering::Release));
     }
 
     fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<Guid, Arc<AtomicBool>>> {
@@ -339,16 +340,10 @@ impl Destination {
         let record = moving::record(root, name, id)?;
         let (next, answer) = rules::destination(stand(record.as_ref()), verdict);
         tracing::info!(container = name, id = %id, ?verdict, ?answer, "a move that was cut ends");
-        let steps_down = matches!(next, Next::Become(State::Given, _));
-        let _door = steps_down.then(|| self.disks.close_door(name));
-        if let (true, Some(door)) = (steps_down, &_door) {
-            let of = |export: &str| export == name;
-            self.connections.end_where(of, LET_GO)?;
-            if !self.disks.wait_closed(door, LET_GO) {
-                let what = format!("{name} is still being closed");
-                return Err(Error::new(Kind::InUse, what));
-            }
-        }
+        let _door = match next {
+            Next::Become(State::Given, _) => Some(step_down(&self.disks, &self.connections, name)?),
+            _ => None,
+        };
         enact(root, name, id, next)?;
         self.answer(wire, root, name, id, answer)
     }
@@ -382,10 +377,11 @@ impl Drop for Coming<'_> {
         if self.stays {
             return;
         }
-        let removed = moving::record(self.root, self.name, self.id).and_then(|record| match record {
-            Some(_) => enact(self.root, self.name, self.id, Next::Remove),
-            None => Ok(()),
-        });
+        let removed =
+            moving::record(self.root, self.name, self.id).and_then(|record| match record {
+                Some(_) => enact(self.root, self.name, self.id, Next::Remove),
+                None => Ok(()),
+            });
         if let Err(e) = removed {
             tracing::warn!(container = self.name, error = %e, "half of a move stays until the service starts");
         }

@@ -1,5 +1,25 @@
-//! Moving a running disk to another host, from one service to another.
+//! Moving a container to another service, under its clients.
 //!
-//! * [`link`]: the bytes between the two: a unix socket, TCP with TLS, or a command.
+//! ```text
+//!  client ═══ holder ═══ source ──── link ────▶ destination
+//!                 └───── from the hand-over on ═══════╯
+//! ```
+//!
+//! * [`link`]: bytes between the two: a unix socket, TCP with TLS, or a command;
+//! * [`wire`]: frames on it;
+//! * [`source`], [`destination`]: the two sides, step by step; each has its commit point;
+//! * [`settle`]: the end of a move that was cut: the source says how it ends, as often as it takes;
+//! * [`listen`]: where a service takes containers.
+//!
+//! Who has the disk is in a record beside it ([`ploop::owner`]), and what may follow what in
+//! [`snapshots::owner`]: at every instant one side at most can open it.
 
+pub mod destination;
 pub mod link;
+pub mod listen;
+pub mod settle;
+pub mod source;
+mod wire;
+
+pub use destination::Destination;
+pub use listen::Arrivals;

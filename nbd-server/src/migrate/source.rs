@@ -37,11 +37,12 @@ use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot};
 use snapshots::stream;
 
+use super::link::Link;
 use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
 use crate::control::Client;
 use crate::control::client::resource;
-use crate::export::disks::{Disks, Door, OpenDisk};
 use crate::export::Lives;
+use crate::export::disks::{Disks, Door, OpenDisk};
 use crate::hold::model::{Move, Status};
 use crate::serve::Connections;
 
@@ -198,9 +199,15 @@ impl Deadline {
 }
 
 impl Source<'_> {
+    /// [`Source::run`] over a link.
+    pub fn run_over(self, link: Link) -> Result<Moved, Failed> {
+        let peer = link.peer().to_owned();
+        self.run(Wire::new(Box::new(link), &peer))
+    }
+
     /// Moves the container over `wire`. The caller keeps others from changing its tree, trackers and
     /// metadata. On an error the snapshot of step 1 waits for its merge. Blocks.
-    pub fn run(self, wire: Wire) -> Result<Moved, Failed> {
+    pub(super) fn run(self, wire: Wire) -> Result<Moved, Failed> {
         let tracker = Id::random();
         let disk = self.disk.clone();
         let begun = disk.disk().start_tracker(tracker, GRANULE, true);
@@ -464,10 +471,11 @@ impl Source<'_> {
         }
         wire.send(Type::Sync, &[])?;
         wire.flush()?;
-        wire.expect(Type::Synced).map_err(|e| match self.watch.cancelled() {
-            true => cancelled(),
-            false => e,
-        })?;
+        wire.expect(Type::Synced)
+            .map_err(|e| match self.watch.cancelled() {
+                true => cancelled(),
+                false => e,
+            })?;
         let seconds = began.elapsed().as_secs_f64().max(0.000_1);
         let left = again.dirty_bytes();
         let sent = wire.bytes() - before;
@@ -523,7 +531,9 @@ impl Source<'_> {
         // 6. COMMIT
         let given = owner.set(State::Given, BEGUN);
         // Whoever is in front of the gate gets no answer here any more.
-        self.connections.end_where(|e| self.is_of(e), Duration::ZERO).ok();
+        self.connections
+            .end_where(|e| self.is_of(e), Duration::ZERO)
+            .ok();
         drop(barrier);
         given.map_err(|e| {
             self.holder_back(back.as_deref());
@@ -607,7 +617,10 @@ fn order(dirty: &Bitmap, heat: &HashMap<u64, u32>) -> Vec<(u64, u64)> {
         }
     }
     pieces.sort_by_key(|p| p.0);
-    pieces.into_iter().map(|(_, start, len)| (start, len)).collect()
+    pieces
+        .into_iter()
+        .map(|(_, start, len)| (start, len))
+        .collect()
 }
 
 fn heat(dirty: &Bitmap, before: &HashMap<u64, u32>) -> HashMap<u64, u32> {

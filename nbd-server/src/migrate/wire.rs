@@ -32,7 +32,7 @@ const GATHER: usize = 256 << 10;
 const STEP: usize = 64 << 10;
 
 /// A link.
-pub trait Duplex: Read + Write + Send {}
+pub(super) trait Duplex: Read + Write + Send {}
 
 impl<T: Read + Write + Send> Duplex for T {}
 

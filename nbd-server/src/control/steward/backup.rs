@@ -13,6 +13,7 @@ impl Steward {
     }
 
     pub(super) fn begin_backup(&self, container: &str, request: &BackupStart) -> Result<Backup> {
+        self.disks().leaving().refuse(container)?;
         for done in backup::pending(&self.disks().place(container)?)? {
             if done.done {
                 self.drop_snapshot(container, &done.id)?;
@@ -84,7 +85,7 @@ impl Steward {
     }
 
     /// Deletes the snapshot of a backup that is done; false while somebody reads it.
-    fn drop_snapshot(&self, container: &str, id: &str) -> Result<bool> {
+    pub(super) fn drop_snapshot(&self, container: &str, id: &str) -> Result<bool> {
         let place = self.disks().place(container)?;
         let dropped = match backup::snapshot_of(&place, id)? {
             Some(node) => self.refuse_exported(container, &place, node),

@@ -11,12 +11,13 @@
 mod backup;
 mod compact;
 mod limits;
+mod migrate;
 mod quota;
 mod resize;
 mod tracker;
 mod work;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,13 +37,14 @@ use crate::control::metrics::Meter;
 use crate::control::model::{
     Backup, BackupRun, BackupStart, Checked, Compact, Container, CreateContainers,
     CreatedContainer, DiskSpace, Export, ExportKind, GroupSnapshot, GrownLayer, Limits,
-    LimitsChange, Merge, Node, Quota, QuotaChange, QuotaNow, Removed, Rename, Resize, Snapshot,
-    SnapshotCreate, SnapshotTaken, Space, Switch, Switched, Template, Tracker, TrackerChange,
-    TrackerStart, Tree,
+    LimitsChange, Merge, Migrate, Node, Quota, QuotaChange, QuotaNow, Removed, Rename, Resize,
+    Resolve, Resolved, Snapshot, SnapshotCreate, SnapshotTaken, Space, Switch, Switched, Template,
+    Tracker, TrackerChange, TrackerStart, Tree,
 };
 use crate::control::ops::Operations;
 use crate::export::disks::{Door, OpenDisk, TEMPLATE};
 use crate::export::{Disks, Exports};
+use crate::migrate::link::Tls;
 use crate::serve::Connections;
 
 /// For clients that were cut off to let go of a disk, and for its close.
@@ -60,6 +62,8 @@ pub struct Parts {
     pub connections: Connections,
     /// Where pauses are noted.
     pub meter: Arc<Meter>,
+    /// By what other services know this one, if it has that.
+    pub tls: Option<Tls>,
 }
 
 /// The operations on `parts`.
@@ -67,6 +71,7 @@ pub fn operations(parts: Parts) -> Arc<dyn Operations> {
     Arc::new(Steward {
         parts,
         working: Arc::default(),
+        frozen: Mutex::default(),
     })
 }
 
@@ -91,6 +96,8 @@ struct Steward {
     parts: Parts,
     /// Containers that a job works on.
     working: Arc<Mutex<HashSet<String>>>,
+    /// Moves that wait until what is inside is frozen, and whether it is.
+    frozen: Mutex<HashMap<String, bool>>,
 }
 
 impl fmt::Debug for Steward {
@@ -241,6 +248,18 @@ impl Operations for Steward {
         self.change_tracker(container, tracker, change)
     }
 
+    fn migrate(&self, container: &str, request: &Migrate, job: &JobHandle) -> Result<Ended> {
+        self.move_away(container, request, job)
+    }
+
+    fn migrate_frozen(&self, container: &str) -> Result<()> {
+        self.frozen(container)
+    }
+
+    fn migrate_resolve(&self, container: &str, request: &Resolve) -> Result<Resolved> {
+        self.resolve(container, request)
+    }
+
     fn backups(&self, container: &str) -> Result<Vec<Backup>> {
         self.backups_of(container)
     }
@@ -304,6 +323,7 @@ impl Operations for Steward {
     }
 
     fn snapshot_create(&self, container: &str, request: &SnapshotCreate) -> Result<SnapshotTaken> {
+        self.disks().leaving().refuse(container)?;
         let place = self.disks().place(container)?;
         let new = NewSnapshot {
             name: request.name.clone(),
@@ -332,6 +352,7 @@ impl Operations for Steward {
         sorted.sort_by(|a, b| a.1.dir().cmp(b.1.dir()));
         let mut disks = Vec::new();
         for (container, _) in &sorted {
+            self.disks().leaving().refuse(container)?;
             disks.push(self.disks().live(container)?);
         }
         let lives: Vec<_> = sorted

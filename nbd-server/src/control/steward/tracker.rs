@@ -41,6 +41,7 @@ impl Steward {
         work: impl FnOnce(Live<'_>) -> Result<tracker::Tracked>,
     ) -> Result<Tracker> {
         self.disks().refuse_read_only(container)?;
+        self.disks().leaving().refuse(container)?;
         let place = self.disks().place(container)?;
         let disk = self.disks().live(container)?;
         let live = Live {

@@ -117,6 +117,7 @@ impl Steward {
         container: &str,
         change: impl FnOnce(&Place<'_>, Option<&OpenDisk>) -> Result<T>,
     ) -> Result<T> {
+        self.disks().leaving().refuse(container)?;
         let place = self.disks().place(container)?;
         let open = || {
             let disk = self.disks().open_disk(container);
@@ -278,6 +279,7 @@ impl Steward {
         if self.disks().read_only() || !self.disks().is_open(container) {
             return Ok(());
         }
+        self.disks().leaving().refuse(container)?;
         let disk = self.disks().live(container)?;
         let place = self.disks().place(container)?;
         let _arranging = disk.disk().arrange();

@@ -198,6 +198,23 @@ impl Operations for Fake {
         })
     }
 
+    fn migrate(&self, container: &str, request: &Migrate, _: &JobHandle) -> Result<Ended> {
+        known(container)?;
+        Ok(Ended::Done(format!("moved to {}", request.to)))
+    }
+
+    fn migrate_frozen(&self, container: &str) -> Result<()> {
+        known(container)
+    }
+
+    fn migrate_resolve(&self, container: &str, _: &Resolve) -> Result<Resolved> {
+        known(container)?;
+        Ok(Resolved {
+            name: container.to_owned(),
+            ..Resolved::default()
+        })
+    }
+
     fn backups(&self, container: &str) -> Result<Vec<Backup>> {
         check(container)?;
         Ok(vec![Backup::default()])

@@ -43,6 +43,7 @@ use snapshots::place::Place;
 use snapshots::{Root, quota};
 
 use crate::export::{ExportInfo, Exports, Gate, Lives, OpenExport, Space, Throttle, space};
+use crate::migrate::listen::Leaving;
 pub use arriving::Arriving;
 use completer::Completer;
 use descriptors::{explain_limit, keep_reserve};
@@ -84,6 +85,7 @@ pub struct Disks {
     space: OnceLock<Arc<Space>>,
     /// The one disk is open as long as it is served.
     kept: AtomicBool,
+    leaving: Leaving,
 }
 
 impl fmt::Debug for Disks {
@@ -209,7 +211,13 @@ impl Disks {
             throttle: Arc::default(),
             space: OnceLock::new(),
             kept: AtomicBool::new(false),
+            leaving: Leaving::default(),
         }
+    }
+
+    /// The containers that leave this service right now.
+    pub fn leaving(&self) -> &Leaving {
+        &self.leaving
     }
 
     /// Calls `hook` with the name of each container that is opened for writing while nodes of it
@@ -474,6 +482,15 @@ impl Disks {
             watched: AtomicBool::new(false),
             home,
         }))
+    }
+
+    /// Has somebody merge what waits for it in a container, some time.
+    pub fn go_on_merging(&self, container: &str) {
+        if self.waits_for_merge(container)
+            && let Some(hook) = self.unfinished.get()
+        {
+            hook(container);
+        }
     }
 
     /// Lets others have what was opened.

@@ -1,0 +1,178 @@
+//! `migrate`, `migrate-receive`.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nbd_server::control::Agent;
+use nbd_server::control::model::{self, Job, JobState, MigrateHolder, MigrationPhase};
+use nbd_server::migrate::link::bridge;
+use ploop::{Error, Kind, Result};
+use snapshots::Root;
+
+use super::frozen::{self, Hooks};
+use super::tree::agent;
+use crate::args;
+use crate::output::{Bar, line, print_json, size};
+
+pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
+    let (agent, name) = agent(root, &m.container)?;
+    if let Some(decision) = m.resolve {
+        return resolve(&agent, &name, decision, m);
+    }
+    let Some(dest) = &m.dest else {
+        return Err(Error::invalid("a move to where?"));
+    };
+    let request = model::Migrate {
+        to: dest.clone(),
+        name: m.name.clone(),
+        downtime_ms: u64::try_from(m.downtime.as_millis()).ok(),
+        rate: m.rate,
+        holder: match (&m.holder, &m.holder_to) {
+            (Some(control), Some(to)) => Some(MigrateHolder {
+                control: whole(control)?,
+                to: to.clone(),
+            }),
+            _ => None,
+        },
+        keep: m.keep,
+        freeze: m.freeze.is_some(),
+    };
+    let bar = Bar::new(!m.json.json);
+    let mut follow = |job: &Job| {
+        let stage = match job.migration.as_ref().map(|m| (m.phase, m.round)) {
+            None | Some((MigrationPhase::Tree, _)) => "tree",
+            Some((MigrationPhase::Rounds, 1)) => "round 1",
+            Some((MigrationPhase::Rounds, 2)) => "round 2",
+            Some((MigrationPhase::Rounds, _)) => "more rounds",
+            Some((MigrationPhase::Freeze, _)) => "freeze",
+            Some((MigrationPhase::HandOver, _)) => "hand-over",
+        };
+        bar.at(stage, job.done, Some(job.total));
+    };
+    let job = match (&m.freeze, &m.thaw) {
+        (Some(freeze), Some(thaw)) => {
+            let hooks = Hooks {
+                freeze,
+                thaw,
+                limit: Duration::from_secs(u64::from(m.hook_timeout)),
+                done: "The move has ended",
+            };
+            frozen_move(&agent, &name, &request, hooks)?
+        }
+        _ => agent.migrate(&name, &request, &mut follow)?,
+    };
+    drop(bar);
+    if m.json.json {
+        print_json(&job)?;
+    }
+    if job.state != JobState::Done {
+        let what = format!("{name} was not moved: {}", job.state.name());
+        return Err(Error::new(Kind::Io, what).fix("It goes on here"));
+    }
+    match m.json.json {
+        true => Ok(()),
+        false => told(&name, dest, &job),
+    }
+}
+
+fn told(name: &str, dest: &str, job: &Job) -> Result<()> {
+    let migration = job.migration.clone().unwrap_or_default();
+    let moved = migration.moved.unwrap_or_default();
+    line(format!(
+        "{name} is at {dest}: {} in {} rounds, the last of {}; its clients waited {:.1} ms",
+        size(moved.bytes),
+        migration.round,
+        size(moved.last),
+        moved.gap * 1000.0
+    ))
+}
+
+fn whole(path: &Path) -> Result<String> {
+    let path = std::path::absolute(path).map_err(|e| Error::io("find", path, e))?;
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| Error::invalid("the path is not UTF-8").on(path))
+}
+
+/// A move that waits, before its last rounds, until the user's command has frozen what is inside.
+fn frozen_move(
+    agent: &Agent,
+    name: &str,
+    request: &model::Migrate,
+    hooks: Hooks<'_>,
+) -> Result<Job> {
+    std::thread::scope(|scope| {
+        let (waits, waited) = mpsc::channel();
+        let mover = scope.spawn(move || {
+            let mut said = false;
+            agent.migrate(name, request, &mut |job| {
+                let freezes = |m: &model::Migration| m.phase == MigrationPhase::Freeze;
+                if !said && job.migration.as_ref().is_some_and(freezes) {
+                    said = true;
+                    // Nobody listens to a move that has ended.
+                    waits.send(job.id).ok();
+                }
+            })
+        });
+        let end = || {
+            let panicked = |_| Err(Error::new(Kind::Io, "the move panicked"));
+            mover.join().unwrap_or_else(panicked)
+        };
+        // Its end is the channel's.
+        let Ok(id) = waited.recv() else {
+            return end();
+        };
+        let mut ended = Some(end);
+        let done = frozen::during(
+            hooks,
+            || {
+                agent.migrate_frozen(name)?;
+                match ended.take() {
+                    Some(end) => end(),
+                    None => Err(Error::invalid("a move that ends twice")),
+                }
+            },
+            |job| match job.state {
+                JobState::Done => "It has moved, as it was after the thaw: consistent as after a \
+                                   power cut. Give it more time with --hook-timeout"
+                    .to_owned(),
+                _ => "It was not moved; give it more time with --hook-timeout".to_owned(),
+            },
+        );
+        if let Some(end) = ended {
+            // What was to be frozen is not: it goes on here.
+            agent.cancel(id)?;
+            end().ok();
+        }
+        done
+    })
+}
+
+fn resolve(agent: &Agent, name: &str, decision: args::Resolve, m: &args::Migrate) -> Result<()> {
+    let to = model::Resolve {
+        decision: match decision {
+            args::Resolve::Take => model::Decision::Take,
+            args::Resolve::Give => model::Decision::Give,
+        },
+    };
+    let done = agent.migrate_resolve(name, &to)?;
+    if m.json.json {
+        return print_json(&done);
+    }
+    let now = match done.owned {
+        true => "is this service's",
+        false => "is not here any more",
+    };
+    line(format!(
+        "{name} was {}, and {now}. What may be lost: {}",
+        done.was, done.lost
+    ))
+}
+
+pub(crate) fn receive(root: &Path, m: &args::MigrateReceive) -> Result<()> {
+    let socket = match &m.socket {
+        Some(path) => path.clone(),
+        None => Root::open(root, false)?.dir().join("migrate.sock"),
+    };
+    bridge(&socket)
+}

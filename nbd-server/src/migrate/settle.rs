@@ -1,0 +1,152 @@
+//! The end of a move that was cut behind its last data: the source says how it ended, until the
+//! destination has heard.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ploop::descriptor::Guid;
+use ploop::error::{Error, Kind, Result};
+use ploop::owner::{self, Owner, Record, State};
+use snapshots::Root;
+use snapshots::moving::{self, Luggage, enact, stand};
+use snapshots::owner::{self as rules, Next, Verdict};
+
+use super::link::{Address, Link, Stop, Tls};
+use super::source::answer;
+use super::wire::{Hello, Purpose, Said, Type, VERSION, Wire};
+use crate::export::Disks;
+use crate::export::disks::Door;
+use crate::serve::Connections;
+
+/// How long the other side may be silent.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// For clients to let go of a disk that goes.
+const LET_GO: Duration = Duration::from_secs(30);
+
+/// What became of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// The disk is this service's.
+    Here,
+    /// It is the destination's; nothing is left of it here.
+    There,
+    /// It is the destination's, and what is left here is for somebody to decide.
+    InDoubt,
+}
+
+/// Where a move's record says that the other side is, and what the container is called there.
+pub(crate) fn peer(record: &Record, container: &str) -> Result<(Address, String)> {
+    let (address, name) = match record.peer.split_once(' ') {
+        Some((name, address)) if snapshots::name::check(name).is_ok() => (address, name),
+        _ => (record.peer.as_str(), container),
+    };
+    Ok((Address::parse(address)?, name.to_owned()))
+}
+
+/// A peer as a record has it: [`peer`] reads it.
+pub(crate) fn peer_text(address: &Address, name: &str) -> String {
+    format!("{name} {address}")
+}
+
+/// Ends the move of `container`, which this service is or was the source of, and which nobody moves now.
+/// Durable on return. Errors: `NotFound` where it has no record of a source; those of reaching the
+/// destination: then it is as before. Blocks.
+pub fn settle(
+    (disks, connections): (&Disks, &Connections),
+    container: &str,
+    tls: Option<&Tls>,
+    stop: Stop,
+) -> Result<Settled> {
+    let root = disks.root().ok_or_else(|| {
+        Error::unsupported("a single disk is served here, and no container moves from it")
+    })?;
+    let dir = root.existing_container(container)?;
+    let record = owner::read(root.store(), &dir)?;
+    let verdict = record
+        .as_ref()
+        .and_then(|r| rules::verdict(r.state, r.epoch));
+    let (Some(record), Some(verdict)) = (record, verdict) else {
+        let what = format!("{container} is no source of a move");
+        return Err(Error::new(Kind::NotFound, what).on(dir));
+    };
+    let (address, name) = peer(&record, container)?;
+    if verdict == Verdict::Given {
+        // Said only when it is durable, which it was not if the sync of that time failed.
+        let mut owner = Owner::open(root.store(), &dir)?
+            .filter(|o| *o.record() == record)
+            .ok_or_else(|| changed(container))?;
+        owner.set(record.state, record.epoch)?;
+    }
+    let mut link = Link::dial(&address, tls, stop)?;
+    link.set_patience(Some(SILENCE));
+    let peer = link.peer().to_owned();
+    let mut wire = Wire::new(Box::new(link), &peer);
+    let hello = Hello {
+        version: VERSION,
+        id: record.id.to_string(),
+        name,
+        purpose: Purpose::Settle,
+        luggage: Luggage::default(),
+    };
+    wire.say(Type::Hello, &hello)?;
+    wire.expect(Type::Welcome)?;
+    wire.say(Type::Says, &Said::from(verdict))?;
+    let answer = answer(&mut wire)?;
+    let next = rules::source(stand(Some(&record)), answer);
+    tracing::info!(container, id = %record.id, ?verdict, ?answer, "a move that was cut has ended");
+    match (record.state, next) {
+        // Clients may use it: a record that goes changes nothing for them.
+        (State::Offered, Next::Own) => {
+            forget(root, container, record.id)?;
+            Ok(Settled::Here)
+        }
+        (_, Next::Stay) => Ok(Settled::InDoubt),
+        (State::Offered, next @ Next::Become(..)) => {
+            let _door = step_down(disks, connections, container)?;
+            enact(root, container, record.id, next)?;
+            Ok(Settled::InDoubt)
+        }
+        (_, next) => {
+            enact(root, container, record.id, next)?;
+            if next == Next::Remove {
+                let known = wire.send(Type::Confirmed, &[]).and_then(|()| wire.flush());
+                if let Err(e) = known.and_then(|()| wire.expect(Type::Done)) {
+                    tracing::warn!(container, error = %e, "the destination was not told that we know");
+                }
+                return Ok(Settled::There);
+            }
+            Ok(Settled::InDoubt)
+        }
+    }
+}
+
+/// Everybody lets go of a container that is not this service's any more; nobody opens it before the
+/// result is dropped. Error: `InUse`.
+pub(super) fn step_down(disks: &Disks, connections: &Connections, name: &str) -> Result<Door> {
+    let door = disks.close_door(name);
+    connections.end_where(|export| export == name, LET_GO)?;
+    if !disks.wait_closed(&door, LET_GO) {
+        let what = format!("{name} is still being closed");
+        return Err(Error::new(Kind::InUse, what));
+    }
+    Ok(door)
+}
+
+fn changed(container: &str) -> Error {
+    let what = format!("somebody else ends the move of {container}");
+    Error::new(Kind::InUse, what)
+}
+
+/// Removes the record of the move, whoever has the disk open.
+fn forget(root: &Root, container: &str, id: Guid) -> Result<()> {
+    match moving::record(root, container, id)? {
+        Some(_) => owner::remove(root.store(), &root.existing_container(container)?),
+        None => Err(changed(container)),
+    }
+}
+
+/// A stop that nobody says.
+pub fn never() -> Stop {
+    Arc::new(|| false)
+}
