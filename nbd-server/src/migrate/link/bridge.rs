@@ -140,14 +140,25 @@ impl<'a> Bridge<'a> {
                 shutdown(self.output, Shutdown::Write).ok();
                 end()?;
                 self.deaf = true;
-                // So that the service does not write for nobody.
-                shutdown(&self.service, Shutdown::Read).ok();
+                self.refuse();
             }
             if self.down.told && (self.up.told || self.gone) {
                 return Ok(());
             }
             self.turn()?;
         }
+    }
+
+    /// Lets the service not write for nobody. What it wrote before is thrown away: closed with that
+    /// unread, its socket would be reset, and what it reads from us not end as it should.
+    fn refuse(&mut self) {
+        // One that is gone needs it not.
+        shutdown(&self.service, Shutdown::Read).ok();
+        let mut waste = [0; PIPE];
+        while matches!(
+            recv(&self.service, &mut waste, RecvFlags::DONTWAIT),
+            Ok((_, 1..))
+        ) {}
     }
 
     /// Waits, and moves what can be moved.
