@@ -219,13 +219,14 @@ impl Destination {
         };
         // 2.
         let place = Place::container(root, name)?;
-        hello.luggage.unpack(&place)?;
         let mut owner = Owner::open(root.store(), place.dir())?
             .ok_or_else(|| Error::corrupt("its record is gone").on(place.dir()))?;
         let arriving = coming.arriving.insert(self.disks.arriving(name)?);
         if let Some(life) = &hello.luggage.life {
             arriving.disk().carry_on(life.parse()?)?;
         }
+        // Behind the opening: until their bits come nobody asks for them.
+        hello.luggage.unpack(&place)?;
         wire.send(Type::Received, &[])?;
         wire.flush()?;
         tracing::info!(container = %name, id = %id, peer = wire.peer(), bytes = received.data, "arriving");

@@ -78,7 +78,7 @@ pub fn settle(
             .ok_or_else(|| changed(container))?;
         owner.set(record.state, record.epoch)?;
     }
-    let mut link = Link::dial(&address, tls, stop)?;
+    let mut link = Link::dial(&address, address.tls(tls), stop)?;
     link.set_patience(Some(SILENCE));
     let peer = link.peer().to_owned();
     let mut wire = Wire::new(Box::new(link), &peer);

@@ -207,13 +207,12 @@ impl Source<'_> {
 
     /// Moves the container over `wire`. The caller keeps others from changing its tree, trackers and
     /// metadata. On an error the snapshot of step 1 waits for its merge. Blocks.
-    pub(super) fn run(self, wire: Wire) -> Result<Moved, Failed> {
+    pub(super) fn run(self, mut wire: Wire) -> Result<Moved, Failed> {
         let tracker = Id::random();
-        let disk = self.disk.clone();
-        let begun = disk.disk().start_tracker(tracker, GRANULE, true);
+        let begun = self.disk.disk().start_tracker(tracker, GRANULE, true);
         let begun = begun.map_err(Failed::Here)?;
         let written = Bitmap::new(begun.bits.size(), GRANULE).map_err(Failed::Here)?;
-        let way = Way {
+        let mut way = Way {
             id: Guid::new_v4(),
             tracker,
             began: Instant::now(),
@@ -223,13 +222,20 @@ impl Source<'_> {
             written,
         };
         drop(begun);
-        let moved = self.go(wire, way);
-        if let Err(Failed::Here(_)) = &moved
-            && let Err(e) = disk.disk().stop_tracker(tracker)
-        {
-            tracing::warn!(error = %e, "the tracker of a move stays until the disk is closed");
+        match self.go(&mut wire, &mut way) {
+            Ok(door) => {
+                self.leave(&mut wire, way.id, &door);
+                Ok(way.moved)
+            }
+            Err(failed) => {
+                if let Failed::Here(_) = &failed
+                    && let Err(e) = self.disk.disk().stop_tracker(tracker)
+                {
+                    tracing::warn!(error = %e, "the tracker of a move stays until the disk is closed");
+                }
+                Err(failed)
+            }
         }
-        moved
     }
 
     fn live(&self) -> Live<'_> {
@@ -239,8 +245,9 @@ impl Source<'_> {
         }
     }
 
-    fn go(self, mut wire: Wire, mut way: Way) -> Result<Moved, Failed> {
-        self.before(&mut wire, &mut way).map_err(Failed::Here)?;
+    /// All steps but the last. Gives the closed door: nobody has the disk open but this.
+    fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<Door, Failed> {
+        self.before(wire, way).map_err(Failed::Here)?;
         // 4.
         let owner = Owner::write(
             self.place.store(),
@@ -256,45 +263,47 @@ impl Source<'_> {
         self.deadline.set(Some(HAND_OVER + self.options.downtime));
         let door = self.disks.close_door(self.place.shown());
         let at = Instant::now();
-        match self.hand_over(&mut wire, &mut way, &mut owner) {
+        match self.hand_over(wire, way, &mut owner) {
             Ok(()) => {}
             Err(Failed::Here(e)) => {
                 drop(door);
                 self.deadline.set(Some(TAKE_BACK));
-                self.take_back(&mut wire);
+                self.take_back(wire);
                 return Err(Failed::Here(e));
             }
             Err(Failed::Given(e)) => {
-                self.close(&door);
+                self.close();
                 return Err(Failed::Given(e));
             }
         }
-        // 7.
         let answered = wire
             .say(Type::Says, &Said::from(Verdict::Given))
-            .and_then(|()| answer(&mut wire));
+            .and_then(|()| answer(wire));
         way.moved.gap = at.elapsed().as_secs_f64();
         way.moved.bytes = wire.bytes();
         way.moved.written = way.written.dirty_bytes();
-        self.close(&door);
+        self.close();
         let answer = answered.map_err(Failed::Given)?;
         let next = snapshots::owner::source(Some((State::Given, BEGUN)), answer);
-        if next != Next::Remove {
-            let what = format!("{} does not know of the move {}", wire.peer(), way.id);
-            return Err(Failed::Given(Error::new(Kind::NotFound, what)));
+        if next == Next::Remove {
+            return Ok(door);
         }
-        let (name, moved) = (self.place.shown().to_owned(), way.moved);
-        let (root, disks) = (self.place.root(), self.disks);
+        let what = format!("{} does not know of the move {}", wire.peer(), way.id);
+        Err(Failed::Given(Error::new(Kind::NotFound, what)))
+    }
+
+    /// Step 7. What fails of it changes nothing for who has the disk now.
+    fn leave(self, wire: &mut Wire, id: Guid, door: &Door) {
+        let (name, root, disks) = (self.place.shown().to_owned(), self.place.root(), self.disks);
         let keep = self.options.keep;
         drop(self);
         // Whoever else looked at it lets go.
-        disks.wait_closed(&door, LET_GO);
-        if let (Some(root), false) = (root, keep) {
-            // It has left; what is left here is removed by hand, or told again when the service starts.
-            if let Err(e) = moving::enact(root, &name, way.id, next) {
-                tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
-                return Ok(moved);
-            }
+        disks.wait_closed(door, LET_GO);
+        if let (Some(root), false) = (root, keep)
+            && let Err(e) = moving::enact(root, &name, id, Next::Remove)
+        {
+            tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
+            return;
         }
         let known = wire
             .send(Type::Confirmed, &[])
@@ -303,11 +312,10 @@ impl Source<'_> {
         if let Err(e) = known {
             tracing::warn!(container = name, error = %e, "the destination was not told that we know");
         }
-        Ok(moved)
     }
 
     /// Everybody lets go of the disk; it is closed. Its life goes on elsewhere.
-    fn close(&self, _door: &Door) {
+    fn close(&self) {
         self.disk.leave_life();
         let ended = self.connections.end_where(|e| self.is_of(e), LET_GO);
         if let Err(e) = ended {

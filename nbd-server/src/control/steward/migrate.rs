@@ -56,7 +56,7 @@ impl Steward {
         let deadline = Arc::new(Deadline::default());
         let (asked, until) = (job.clone(), deadline.clone());
         let stop: Stop = Arc::new(move || until.is_over(asked.cancelled()));
-        let mut link = Link::dial(&to, self.parts.tls.as_ref(), stop)?;
+        let mut link = Link::dial(&to, to.tls(self.parts.tls.as_ref()), stop)?;
         link.set_patience(Some(SILENCE));
         let options = Options {
             name,

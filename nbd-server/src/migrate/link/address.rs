@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use ploop::error::{Error, Result};
 
+use super::tls::Tls;
+
 /// Longest address, in bytes.
 const MAX: usize = 400;
 
@@ -21,6 +23,12 @@ pub enum Address {
 }
 
 impl Address {
+    /// What is used of `tls` to reach it: a unix socket stays on this host, and a command brings its own
+    /// protection.
+    pub fn tls<'t>(&self, tls: Option<&'t Tls>) -> Option<&'t Tls> {
+        tls.filter(|_| matches!(self, Address::Tcp(_)))
+    }
+
     /// Reads one. Error: `Invalid`.
     pub fn parse(text: &str) -> Result<Address> {
         let refused = |why: &str| {

@@ -185,9 +185,16 @@ pub fn run(input: &[u8]) {
     let root = on(&store);
     let name = if flags & 2 == 0 { "new" } else { THERE };
     let options = ReceiveOptions {
+        arriving: None,
         resumable: flags & 4 != 0,
     };
-    let done = receive(&root, name, options, &mut stream.as_slice(), &|_, _| ());
+    let done = receive(
+        &root,
+        name,
+        options.clone(),
+        &mut stream.as_slice(),
+        &|_, _| (),
+    );
     match done {
         Err(e) => {
             for cut in partials(&root).unwrap() {
