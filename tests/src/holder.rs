@@ -63,8 +63,13 @@ impl Holder {
         crate::client::Client::open(&self.socket(), export, style)
     }
 
+    /// Its control socket.
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("control.sock")
+    }
+
     fn api(&self) -> Client {
-        Client::connect(&self.dir.path().join("control.sock")).unwrap()
+        Client::connect(&self.control()).unwrap()
     }
 
     /// What it says of itself.
