@@ -48,6 +48,9 @@ pub(crate) struct Migrate {
     /// Leave its files here; nobody opens them.
     #[arg(long)]
     pub keep: bool,
+    /// Never slow its clients down: where they write faster than can be sent, the move fails then.
+    #[arg(long)]
+    pub no_brake: bool,
     /// Run this before the last rounds, by `sh -c`, such as `fsfreeze -f /mnt`.
     #[arg(long, value_name = "CMD", requires = "thaw")]
     pub freeze: Option<String>,

@@ -36,6 +36,7 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
             _ => None,
         },
         keep: m.keep,
+        no_brake: m.no_brake,
         freeze: m.freeze.is_some(),
     };
     let bar = Bar::new(!m.json.json);

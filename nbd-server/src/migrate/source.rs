@@ -60,8 +60,10 @@ const LET_GO: Duration = Duration::from_secs(30);
 const HAND_OVER: Duration = Duration::from_secs(10);
 /// How long the destination may take to say that it has dropped what it has.
 const TAKE_BACK: Duration = Duration::from_secs(3);
-/// Rounds in a row that leave no less to be sent than the one before; then it does not converge.
-const STUBBORN: u32 = 5;
+/// Rounds in a row that leave more than half of what the best one did; then it does not converge.
+const STUBBORN: u32 = 3;
+/// Clients are let write as many bytes per second at least.
+const BRAKE_MIN: u64 = 256 << 10;
 
 /// What is asked of a move.
 #[derive(Clone, Debug)]
@@ -74,6 +76,8 @@ pub struct Options {
     pub holder: Option<Holder>,
     /// The disk's files stay here; nobody opens them.
     pub keep: bool,
+    /// Whether clients may be slowed down where they write faster than can be sent.
+    pub brake: bool,
 }
 
 /// Who has the clients' sockets (`ploop hold`).
@@ -98,6 +102,8 @@ pub struct Progress {
     pub rate: u64,
     /// Bytes per second that are written.
     pub dirty_rate: u64,
+    /// Bytes per second that clients are let write; 0: as many as they like.
+    pub brake: u64,
 }
 
 /// Who watches a move, and steers it.
@@ -222,7 +228,9 @@ impl Source<'_> {
             written,
         };
         drop(begun);
-        match self.go(&mut wire, &mut way) {
+        let gone = self.go(&mut wire, &mut way);
+        self.disk.gate().brake(0);
+        match gone {
             Ok(door) => {
                 self.leave(&mut wire, way.id, &door);
                 Ok(way.moved)
@@ -432,21 +440,35 @@ impl Source<'_> {
             if left as f64 <= fits {
                 return Ok(());
             }
-            stubborn = match left < least {
+            stubborn = match left < least / 2 {
                 true => 0,
                 false => stubborn + 1,
             };
             least = least.min(left);
-            if stubborn >= STUBBORN {
+            if stubborn >= STUBBORN && self.options.brake {
+                // What can be sent is what may be written, and less each time that it is not enough.
+                let rate = match way.progress.brake {
+                    0 => way.progress.rate,
+                    rate => rate,
+                };
+                way.progress.brake = (rate / 2).max(BRAKE_MIN);
+                self.disk.gate().brake(way.progress.brake);
+                tracing::info!(
+                    container = self.place.shown(),
+                    written = way.progress.dirty_rate,
+                    sent = way.progress.rate,
+                    brake = way.progress.brake,
+                    "a move does not converge: clients are slowed down"
+                );
+                stubborn = STUBBORN - 1;
+            } else if stubborn >= STUBBORN {
                 let what = format!(
                     "it does not converge: {} bytes a second are written, {} sent, and {left} bytes \
                      are left after {} rounds",
                     way.progress.dirty_rate, way.progress.rate, way.moved.rounds
                 );
-                return Err(Error::new(Kind::Io, what).fix(
-                    "Give it a longer --downtime, limit its writes meanwhile (ploop set-limits), or \
-                     give the move a higher --rate",
-                ));
+                return Err(Error::new(Kind::Io, what)
+                    .fix("Give it a longer --downtime, a higher --rate, or leave out --no-brake"));
             }
         }
     }

@@ -24,6 +24,9 @@ pub struct Migrate {
     /// Its files stay here; nobody opens them.
     #[serde(default)]
     pub keep: bool,
+    /// Clients are never slowed down: a move that does not converge then fails.
+    #[serde(default)]
+    pub no_brake: bool,
     /// Wait, before the last rounds, until somebody says that what is inside is frozen.
     #[serde(default)]
     pub freeze: bool,
@@ -54,6 +57,10 @@ pub struct Migration {
     pub rate: u64,
     /// Bytes per second that are written by clients.
     pub dirty_rate: u64,
+    /// Bytes per second that clients are let write, because they write faster than can be sent; 0: they
+    /// are not slowed down.
+    #[serde(default)]
+    pub brake: u64,
     /// When it is expected to end, in seconds from now; nothing where it does not converge.
     #[serde(default)]
     pub expected: Option<f64>,

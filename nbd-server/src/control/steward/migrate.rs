@@ -66,6 +66,7 @@ impl Steward {
                 to: h.to.clone(),
             }),
             keep: request.keep,
+            brake: !request.no_brake,
         };
         let watch = Watching {
             steward: self,
@@ -222,6 +223,7 @@ impl source::Watch for Watching<'_> {
                 left: at.left,
                 rate: at.rate,
                 dirty_rate: at.dirty_rate,
+                brake: at.brake,
                 // Each round leaves what is written while it is sent.
                 expected: (at.rate > at.dirty_rate)
                     .then(|| at.left as f64 / (at.rate - at.dirty_rate) as f64),

@@ -203,6 +203,27 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
     ),
     (
         "post",
+        "/v1/containers/{name}/migrate",
+        "/v1/containers/a/migrate",
+        r#"{"to":"unix:/s"}"#,
+        202,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/migrate/frozen",
+        "/v1/containers/a/migrate/frozen",
+        "",
+        200,
+    ),
+    (
+        "post",
+        "/v1/containers/{name}/migrate/resolve",
+        "/v1/containers/a/migrate/resolve",
+        r#"{"decision":"take"}"#,
+        200,
+    ),
+    (
+        "post",
         "/v1/containers/{name}/merge",
         "/v1/containers/a/merge",
         r#"{"snapshot":"s"}"#,

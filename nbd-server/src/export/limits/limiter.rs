@@ -123,6 +123,8 @@ struct Flow<T> {
     due: u64,
     /// Nothing of it goes, whatever its limits.
     halted: bool,
+    /// Of the bytes that it writes, beside its limits: for a time.
+    brake: Option<Bucket>,
     totals: Totals,
 }
 
@@ -141,15 +143,31 @@ impl<T> Flow<T> {
     fn fill(&mut self, now: u64) {
         self.all.fill(now);
         self.kinds.iter_mut().for_each(|p| p.fill(now));
+        self.brake.iter_mut().for_each(|b| b.fill(now));
     }
 
     fn admits(&self, c: Cost) -> bool {
-        self.kinds[usize::from(c.write)].admits(c) && self.all.admits(c)
+        self.kind_admits(c) && self.all.admits(c)
     }
 
     fn take(&mut self, c: Cost) {
         self.all.take(c);
         self.kinds[usize::from(c.write)].take(c);
+        if let Some(brake) = self.brake.as_mut().filter(|_| c.write) {
+            brake.take(c.bytes);
+        }
+    }
+
+    /// Whether what holds for requests of its kind alone admits it.
+    fn kind_admits(&self, c: Cost) -> bool {
+        let braked = self.brake.as_ref().filter(|_| c.write);
+        self.kinds[usize::from(c.write)].admits(c) && braked.is_none_or(|b| b.admits(c.bytes))
+    }
+
+    fn kind_due(&self, c: Cost) -> u64 {
+        let braked = self.brake.as_ref().filter(|_| c.write);
+        let braked = braked.map_or(0, |b| b.due(c.bytes));
+        self.kinds[usize::from(c.write)].due(c).max(braked)
     }
 
     fn is_idle(&self) -> bool {
@@ -170,8 +188,8 @@ impl<T> Flow<T> {
             let Some(head) = self.queues[k].front() else {
                 continue;
             };
-            if !self.kinds[k].admits(head.cost) {
-                due = due.min(self.kinds[k].due(head.cost).max(self.all.due(head.cost)));
+            if !self.kind_admits(head.cost) {
+                due = due.min(self.kind_due(head.cost).max(self.all.due(head.cost)));
                 continue;
             }
             if self.all.admits(head.cost) {
@@ -255,6 +273,7 @@ impl<T> Limiter<T> {
             finish: 0,
             due: 0,
             halted: false,
+            brake: None,
             totals: Totals::default(),
         });
         self.blocked = 0;
@@ -275,6 +294,15 @@ impl<T> Limiter<T> {
         }
     }
 
+    /// Lets a container write so many bytes per second at most, beside its limits; 0: as its limits
+    /// say.
+    pub(super) fn brake(&mut self, id: Id, rate: u64, now: u64) {
+        self.blocked = 0;
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.brake = Bucket::changed(flow.brake.take(), rate, BURST_MS * MILLISECOND, now);
+        }
+    }
+
     /// Forgets a container of which nothing waits.
     pub(super) fn forget(&mut self, id: Id) {
         if !self.backlog.contains(&id) {
@@ -285,7 +313,7 @@ impl<T> Limiter<T> {
     /// True when its requests have to be asked for.
     pub(super) fn binds(&self, id: Id) -> bool {
         let limited = |f: &Flow<T>| !f.all.is_none() || f.kinds.iter().any(|p| !p.is_none());
-        let own = |f: &Flow<T>| f.halted || limited(f);
+        let own = |f: &Flow<T>| f.halted || f.brake.is_some() || limited(f);
         !self.store.is_none() || self.flows.get(&id).is_some_and(own)
     }
 

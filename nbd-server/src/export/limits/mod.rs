@@ -378,9 +378,20 @@ impl Gate {
         self.set_halted(false);
     }
 
+    /// Lets clients write so many bytes per second at most, beside the container's limits; 0: as those
+    /// say. In force on return.
+    pub fn brake(&self, rate: u64) {
+        let now = self.throttle.now();
+        self.change(|limiter, id| limiter.brake(id, rate, now));
+    }
+
     fn set_halted(&self, halted: bool) {
+        self.change(|limiter, id| limiter.halt(id, halted));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Limiter<Who>, Id)) {
         let mut state = self.throttle.lock();
-        state.limiter.halt(self.id, halted);
+        change(&mut state.limiter, self.id);
         self.binds.store(state.limiter.binds(self.id), Relaxed);
         self.throttle.turn(state);
     }

@@ -471,3 +471,68 @@ fn an_opener_does_not_put_an_older_limit_in_force() {
     assert_eq!(in_force(&throttle), 35);
     assert!(gates.iter().all(|g| g.binds()));
 }
+
+/// Goal: while a container is held back nothing of it goes, flushes aside, and then all of it does, in
+/// order; whatever is set meanwhile. Who shares the store's budget with it is not held up.
+#[test]
+fn a_halted_container_goes_on_where_it_was() {
+    let mut limiter = Limiter::new();
+    for id in [1, 2] {
+        limiter.set(id, &Limits::default(), 0);
+    }
+    assert!(!limiter.binds(1));
+    limiter.halt(1, true);
+    assert!(limiter.binds(1) && !limiter.binds(2));
+    let mut granted = Vec::new();
+    for who in 0..4u32 {
+        assert!(!limiter.pass(1, if who % 2 == 0 { read(1) } else { write(1) }, SECOND));
+        limiter.wait(
+            1,
+            if who % 2 == 0 { read(1) } else { write(1) },
+            who,
+            SECOND,
+        );
+        assert_eq!(
+            limiter.grant_new(1, SECOND, &mut granted),
+            None,
+            "nothing to wait for"
+        );
+    }
+    assert!(limiter.pass(2, write(1), SECOND));
+    limiter.set_store(1000, 0, SECOND);
+    limiter.set(1, &Limits::default(), SECOND);
+    limiter.wait(2, write(1), 9, SECOND);
+    limiter.grant(2 * SECOND, &mut granted);
+    let who: Vec<u32> = granted.drain(..).map(|(_, who)| who).collect();
+    assert_eq!(who, [9]);
+    limiter.halt(1, false);
+    limiter.grant(3 * SECOND, &mut granted);
+    let who: Vec<u32> = granted.drain(..).map(|(_, who)| who).collect();
+    assert_eq!(who, [0, 1, 2, 3]);
+}
+
+/// Goal: a brake holds for what is written, beside the limits, and goes without a trace.
+#[test]
+fn a_brake_holds_for_writes_alone() {
+    let mut limiter = Limiter::<u32>::new();
+    limiter.set(1, &Limits::default(), 0);
+    limiter.brake(1, 1 << 20, 0);
+    assert!(limiter.binds(1));
+    let (mut passed, mut granted) = (0u64, Vec::new());
+    let mut now = 0;
+    while now < 4 * SECOND {
+        assert!(limiter.pass(1, read(1 << 20), now), "reads go on");
+        if limiter.pass(1, write(4096), now) {
+            passed += 4096;
+        }
+        now += MS / 4;
+    }
+    // Its burst, and what one request is larger.
+    let most = (4 << 20) + (1 << 20) / 5 + 4096;
+    assert!((4 << 20..=most).contains(&passed), "{passed}");
+    limiter.wait(1, write(8 << 20), 7, now);
+    limiter.brake(1, 0, now);
+    limiter.grant(now, &mut granted);
+    assert_eq!(granted, [(1, 7)]);
+    assert!(!limiter.binds(1));
+}
