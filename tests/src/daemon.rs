@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nbd_server::control::client::resource;
@@ -32,13 +32,17 @@ impl Daemon {
 
     /// The same, with further arguments.
     pub fn with(rig: &Rig, args: &[&str]) -> Daemon {
+        Daemon::by(ploopd(), rig, args)
+    }
+
+    /// The same by a command that runs it.
+    pub fn by(mut command: Command, rig: &Rig, args: &[&str]) -> Daemon {
         let log = tempfile::Builder::new()
             .prefix("ploopd-")
             .suffix(".log")
             .tempfile_in(rig.path(""))
             .unwrap();
         let log = log.into_temp_path().keep().unwrap();
-        let mut command = ploopd();
         command
             .arg("--root")
             .arg(rig.root())

@@ -13,6 +13,7 @@ pub mod damage;
 pub mod fio;
 pub mod fsx;
 pub mod holder;
+pub mod hosts;
 pub mod minbase;
 pub mod model;
 pub mod mount;

@@ -46,8 +46,10 @@ use crate::export::disks::{Disks, Door, OpenDisk};
 use crate::hold::model::{Move, Status};
 use crate::serve::Connections;
 
-/// Bytes that a bit of the move's tracker stands for.
-const GRANULE: u64 = 64 << 10;
+/// Bytes that a bit of the move's tracker stands for: what is written in small is sent in small.
+const GRANULE: u64 = 4096;
+/// Bytes of which it is remembered how often they were written.
+const REGION: u64 = 64 << 10;
 /// Bytes that are read, and sent in a frame, at once.
 const PIECE: u64 = 1 << 20;
 /// Blocks that are looked at for zeros.
@@ -61,7 +63,7 @@ const HAND_OVER: Duration = Duration::from_secs(10);
 /// How long the destination may take to say that it has dropped what it has.
 const TAKE_BACK: Duration = Duration::from_secs(3);
 /// Rounds in a row that leave more than half of what the best one did; then it does not converge.
-const STUBBORN: u32 = 3;
+const STUBBORN: u32 = 2;
 /// Clients are let write as many bytes per second at least.
 const BRAKE_MIN: u64 = 256 << 10;
 
@@ -180,7 +182,7 @@ struct Way {
     began: Instant,
     progress: Progress,
     moved: Moved,
-    /// Granules that were written in the round before, and in how many before that.
+    /// Regions that were written in the round before, and in how many before that.
     heat: HashMap<u64, u32>,
     /// All that was written since the move began.
     written: Bitmap,
@@ -435,8 +437,8 @@ impl Source<'_> {
         let (mut least, mut stubborn) = (u64::MAX, 0);
         loop {
             let left = self.round(wire, way)?;
-            // Half of it is for the rest of the hand-over.
-            let fits = way.progress.rate as f64 * self.options.downtime.as_secs_f64() / 2.0;
+            // A part of it is for the rest of the hand-over.
+            let fits = way.progress.rate as f64 * self.options.downtime.as_secs_f64() * 0.75;
             if left as f64 <= fits {
                 return Ok(());
             }
@@ -489,13 +491,13 @@ impl Source<'_> {
         for (start, len) in order {
             self.refuse_cancelled()?;
             left -= len;
-            // It has to be sent again in any case.
-            if again.runs(start..start + len).all(|(_, set)| set) {
-                continue;
+            // What was written again has to be sent again in any case.
+            for (range, _) in again.runs(start..start + len).filter(|r| !r.1) {
+                let len = range.end - range.start;
+                let sent = self.piece(wire, range.start, len)?;
+                self.watch.pace(sent);
+                way.progress.sent += len;
             }
-            let sent = self.piece(wire, start, len)?;
-            self.watch.pace(sent);
-            way.progress.sent += len;
             way.progress.left = left + again.dirty_bytes();
             self.watch.progress(way.progress);
         }
@@ -635,15 +637,17 @@ fn order(dirty: &Bitmap, heat: &HashMap<u64, u32>) -> Vec<(u64, u64)> {
     for (range, _) in runs {
         let mut at = range.start;
         while at < range.end {
-            let len = GRANULE.min(range.end - at);
-            let warm = heat.get(&(at / GRANULE)).copied().unwrap_or(0);
+            let end = ((at / REGION + 1) * REGION).min(range.end);
+            let warm = heat.get(&(at / REGION)).copied().unwrap_or(0);
             match pieces.last_mut() {
-                Some((h, start, sum)) if *h == warm && *start + *sum == at && *sum < PIECE => {
-                    *sum += len;
+                Some((h, start, sum))
+                    if *h == warm && *start + *sum == at && *sum + (end - at) <= PIECE =>
+                {
+                    *sum += end - at;
                 }
-                _ => pieces.push((warm, at, len)),
+                _ => pieces.push((warm, at, end - at)),
             }
-            at += len;
+            at = end;
         }
     }
     pieces.sort_by_key(|p| p.0);
@@ -656,9 +660,8 @@ fn order(dirty: &Bitmap, heat: &HashMap<u64, u32>) -> Vec<(u64, u64)> {
 fn heat(dirty: &Bitmap, before: &HashMap<u64, u32>) -> HashMap<u64, u32> {
     let mut heat = HashMap::new();
     for (range, _) in dirty.runs(0..dirty.size()).filter(|r| r.1) {
-        for granule in range.start / GRANULE..range.end.div_ceil(GRANULE) {
-            let warm = before.get(&granule).map_or(0, |w| w + 1);
-            heat.insert(granule, warm + 1);
+        for region in range.start / REGION..range.end.div_ceil(REGION) {
+            heat.insert(region, before.get(&region).map_or(1, |w| w + 1));
         }
     }
     heat

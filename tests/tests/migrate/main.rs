@@ -9,6 +9,7 @@
 )]
 
 mod moves;
+mod shaped;
 mod writers;
 
 use std::fs;
