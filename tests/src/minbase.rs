@@ -38,6 +38,33 @@ pub fn unpack(tar: &Path, to: &Path) {
     run(command.arg(tar).arg("-C").arg(to));
 }
 
+/// Debian's packages of these names, into the empty directory `to`, by the machine's own apt, so that
+/// the container needs no network of its own.
+pub fn download(to: &Path, packages: &[&str]) -> Vec<PathBuf> {
+    let get = || {
+        let mut apt = tool("apt-get");
+        apt.args(["-qq", "-o", "APT::Sandbox::User=root", "download"]);
+        apt.args(packages).current_dir(to).output().unwrap()
+    };
+    let mut out = get();
+    if !out.status.success() {
+        // A machine whose lists were removed, as container images have it.
+        run(tool("apt-get").args(["-qq", "update"]));
+        out = get();
+    }
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        out.status.success(),
+        "apt-get download {packages:?}: {said}"
+    );
+    let files = fs::read_dir(to).unwrap().map(|e| e.unwrap().path());
+    let debs: Vec<PathBuf> = files
+        .filter(|p| p.extension().is_some_and(|e| e == "deb"))
+        .collect();
+    assert_eq!(debs.len(), packages.len(), "{debs:?}");
+    debs
+}
+
 fn make(tar: &Path) {
     let mirror = mirror().expect(
         "no `deb` line with the component main in /etc/apt/sources.list.d/debian.sources or \

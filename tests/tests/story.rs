@@ -64,27 +64,6 @@ impl Story {
     }
 }
 
-/// Debian's `hello`, by the machine's own apt, so that the container needs no network of its own.
-fn download(to: &Path) -> PathBuf {
-    let get = || {
-        let mut apt = tool("apt-get");
-        apt.args(["-qq", "-o", "APT::Sandbox::User=root", "download", "hello"]);
-        apt.current_dir(to).output().unwrap()
-    };
-    let mut out = get();
-    if !out.status.success() {
-        // A machine whose lists were removed, as container images have it.
-        run(tool("apt-get").args(["-qq", "update"]));
-        out = get();
-    }
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "apt-get download hello: {said}");
-    let mut files = fs::read_dir(to).unwrap().map(|e| e.unwrap().path());
-    files
-        .find(|p| p.extension().is_some_and(|e| e == "deb"))
-        .unwrap()
-}
-
 /// Everything written is in the file system, and nothing more is until the result is dropped.
 struct Frozen<'a>(&'a Path);
 
@@ -118,14 +97,14 @@ fn a_container_that_was_broken_runs_again_after_a_rollback() {
     };
     fs::copy(&tar, story.rig.path("debian.tar")).unwrap();
     fs::create_dir(story.rig.path("deb")).unwrap();
-    let deb = download(&story.rig.path("deb"));
+    let debs = minbase::download(&story.rig.path("deb"), &["hello"]);
 
     story.ploop(&["template", "import", "debian", "debian.tar"]);
     story.ploop(&["create", "web", "--template", "debian", "--size", "2G"]);
     let daemon = Daemon::start(&story.rig);
     let mounted = MountedExport::new(&daemon.uri("web"));
     let cache = mounted.path().join("var/cache/apt/archives");
-    fs::copy(&deb, cache.join(deb.file_name().unwrap())).unwrap();
+    fs::copy(&debs[0], cache.join(debs[0].file_name().unwrap())).unwrap();
     let said = story.does(mounted.path(), "apt-get -y install hello");
     assert!(said.contains("hello"), "{said}");
     let greets = "hello -g 'Hello from the container'";

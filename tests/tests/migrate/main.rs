@@ -8,6 +8,7 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+mod mounted;
 mod moves;
 mod shaped;
 mod writers;

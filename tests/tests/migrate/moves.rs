@@ -256,3 +256,46 @@ fn a_held_client_notices_nothing() {
     bytes[8192..12288].fill(6);
     assert!(content(&there, "ct") == bytes);
 }
+
+/// Goal: what is inside can be made consistent for the hand-over, and is never left frozen. Method:
+/// commands that leave a trace, that fail, and that take too long.
+#[test]
+fn what_is_frozen_for_a_move_is_thawed() {
+    let (a, b) = (Rig::new(), Rig::new());
+    let mut bytes = store(&a);
+    let (here, there) = (Daemon::start(&a), Daemon::start(&b));
+    let log = a.path("log");
+    let trace = |what: &str| format!("echo {what} >> {}", log.display());
+    let said = || fs::read_to_string(&log).unwrap_or_default();
+    let dest = address(&b);
+    let migrate = |freeze: &str, more: &[&str]| {
+        let thaw = trace("thaw");
+        let mut command = a.ploop();
+        command.args(["migrate", "ct", &dest, "--freeze", freeze, "--thaw", &thaw]);
+        command.args(more).output().unwrap()
+    };
+    let failed = migrate("exit 3", &[]);
+    let text = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(
+        !failed.status.success() && text.contains("exit code 3"),
+        "{text}"
+    );
+    assert_eq!(said(), "thaw\n");
+    assert!(content(&here, "ct") == bytes, "it goes on where it was");
+    let late = migrate("sleep 60", &["--hook-timeout", "1"]);
+    assert!(!late.status.success(), "{late:?}");
+    assert_eq!(said(), "thaw\nthaw\n");
+    assert!(content(&here, "ct") == bytes);
+
+    // What is written before the freeze ends, by the freeze itself, moves too.
+    let written = format!(
+        "{}; qemu-io -f raw -c 'write -P 102 8192 4096' -c flush '{}'",
+        trace("freeze"),
+        here.uri("ct")
+    );
+    let moved = migrate(&written, &[]);
+    assert!(moved.status.success(), "{moved:?}");
+    assert_eq!(said(), "thaw\nthaw\nfreeze\nthaw\n");
+    bytes[8192..12288].fill(b'f');
+    assert!(content(&there, "ct") == bytes);
+}
