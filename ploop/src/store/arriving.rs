@@ -98,8 +98,10 @@ impl Missing {
         side::images(store, dir)
     }
 
-    /// Removes that of an image that is gone for good. Durable on return. One that is not there is fine.
+    /// Removes that of an image that is gone, once it is so durably. One that is not there is fine.
     pub fn remove(store: &dyn Store, path: &Path) -> Result<()> {
+        // Before: its holes would pass for zeros.
+        store.sync_dir(path.parent().unwrap_or(Path::new("/")))?;
         side::remove(store, path)
     }
 
@@ -361,9 +363,7 @@ impl Store for ArrivingStore {
         };
         self.drop_image(&image);
         let real = image.path();
-        self.inner
-            .sync_dir(real.parent().unwrap_or(Path::new("/")))?;
-        side::remove(self.inner.as_ref(), &real)
+        Missing::remove(self.inner.as_ref(), &real)
     }
 }
 
