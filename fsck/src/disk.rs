@@ -173,6 +173,7 @@ impl Checker<'_, '_> {
     fn image(&mut self, named: &Path, raw: bool, is_top: bool) -> Result<Option<Header>> {
         let store = self.opener.store();
         let real = confined(store.as_ref(), named, &self.allowed)?;
+        self.opener.refuse_missing(&real)?;
         let file = store.open(&real, Access::Read)?;
         self.known.insert(real.clone());
         if let Some(other) = self.ids.insert(file.id(), real.clone()) {

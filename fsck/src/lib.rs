@@ -51,8 +51,8 @@ use report::Findings;
 /// Looks at an image, or at a disk with all its images and those of parent volumes that it needs.
 /// Writes nothing, whatever `options` say. Blocks; reads the tables of every image.
 ///
-/// Errors: `Unsupported` for what cannot be judged here; `InUse` for what another program writes;
-/// `NotFound` for the source itself; `Io`. A file that is missing or damaged below the source is a
+/// Errors: `Unsupported` for what cannot be judged here; `InUse` for what another program writes, or
+/// what has not arrived as a whole ([`ploop::store::arriving`]); `NotFound` for the source itself; `Io`. A file that is missing or damaged below the source is a
 /// finding.
 pub fn check(opener: &Opener, source: &Source, options: &OpenOptions) -> Result<Report> {
     check_with(opener, source, options, &mut ())
@@ -121,6 +121,7 @@ fn check_image(
 ) -> Result<()> {
     let store = opener.store();
     let real = store.resolve(&source.path)?;
+    opener.refuse_missing(&real)?;
     let file = store.open(&real, Access::Read)?;
     let mut head = [0; 8];
     let got = file.read_at(&mut head, 0)?;

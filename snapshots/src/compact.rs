@@ -154,7 +154,9 @@ fn sealed_image(
         }
         None => None,
     };
-    let file = place.store().open(&place.file_of(image)?, Access::Write)?;
+    let path = place.file_of(image)?;
+    place.opener().refuse_arriving(&path)?;
+    let file = place.store().open(&path, Access::Write)?;
     lock_image(file.as_ref(), Use::Write)?;
     let disk = Disk::writable(below, Top::open(file)?, None)?;
     if look {

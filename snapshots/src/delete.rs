@@ -118,7 +118,8 @@ fn remove_leaf(place: &Place<'_>, mut d: Descriptor, node: Guid) -> Result<()> {
     let own = Place::owns(image);
     let path = place.file_of(image);
     let _taken = match own {
-        true => match place.store().open(&path?, Access::Write) {
+        // For its locks only: one that is still arriving may go, too.
+        true => match place.store().open(&path?, Access::Read) {
             Err(e) if e.kind() == Kind::NotFound => None,
             Err(e) => return Err(e),
             Ok(file) => {

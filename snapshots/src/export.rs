@@ -307,6 +307,7 @@ impl Plan {
 
     fn open(&self, place: &Place<'_>) -> Result<Files> {
         let open = |node: &Planned| {
+            place.opener().refuse_missing(&node.path)?;
             let file = place.store().open(&node.path, Access::Read)?;
             lock_image(file.as_ref(), Use::Read)?;
             let home = place.opener().home(&node.path);

@@ -14,6 +14,7 @@ use ploop::error::{Error, Kind, Result};
 use ploop::format::ploop::journal;
 use ploop::locks::DiskLock;
 use ploop::store::Store;
+use ploop::store::arriving::Missing;
 
 use crate::meta::Meta;
 use crate::store::{Root, remove_tree, write_new};
@@ -196,7 +197,13 @@ impl<'a> Place<'a> {
         if let Some(home) = self.opener.home(&self.dir.join(name)) {
             home.forget()?;
         }
-        self.forget_file(name)
+        self.forget_file(name)?;
+        // The record of what it lacked.
+        let path = self.dir.join(name);
+        match self.opener.is_arriving(&path)? {
+            true => Missing::remove(self.store(), &path),
+            false => Ok(()),
+        }
     }
 
     /// Opens and closes a disk whose top was not closed and has a journal: from then on the image

@@ -103,7 +103,8 @@ fn lock_images(root: &Root, dir: &Path) -> Result<Vec<Arc<dyn StoreFile>>> {
     };
     let mut locked = Vec::new();
     for image in d.images.iter().filter(|i| !i.file.contains('/')) {
-        match root.store().open(&dir.join(&image.file), Access::Write) {
+        // For its locks only: one that is still arriving may go, too.
+        match root.store().open(&dir.join(&image.file), Access::Read) {
             Err(e) if e.kind() == Kind::NotFound => {}
             Err(e) => return Err(e),
             Ok(file) => {

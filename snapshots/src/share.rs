@@ -67,7 +67,7 @@ pub fn id(place: &Place<'_>) -> Result<Uuid> {
 ///
 /// Cut before 4: layers that no descriptor names, collected later. Cut after it: old names that are
 /// swept when the container is changed next. Errors: `Invalid` for the top, `InUse` while
-/// a merge or a foreign program works on the chain, `Corrupt` for an image that is not closed.
+/// a merge or a foreign program works on the chain, or some of it is still to come; `Corrupt` for an image that is not closed.
 pub fn share(place: &Place<'_>, node: Guid) -> Result<()> {
     let lock = store_of(place)?.lock(false)?;
     share_locked(place, node, &lock)
@@ -233,6 +233,7 @@ fn refuse_unclosed(root: &Root, place: &Place<'_>, image: &Image) -> Result<()> 
         let what = "an image of the snapshot is neither a file in the disk's directory nor a layer";
         return Err(Error::unsupported(what).on(path));
     }
+    place.opener().refuse_arriving(&path)?;
     let file = root.store().open(&path, Access::Read)?;
     lock_image(file.as_ref(), Use::Read)?;
     let (header, _) = read_header(file.as_ref())?;

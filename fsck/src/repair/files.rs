@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use ploop::Result;
 use ploop::locks::{Use, lock_image};
+use ploop::store::arriving::Missing;
 use ploop::store::{Access, Store, StoreFile};
 
 /// See the module text.
@@ -37,6 +38,8 @@ impl<'a> Files<'a> {
         if let Some(file) = self.held.get(path) {
             return Ok(file.clone());
         }
+        // Its mark says that some of it is still to come: nothing here may clear that.
+        Missing::refuse(self.store.as_ref(), path)?;
         let (access, use_for) = match self.written.contains(path) {
             true => (Access::Write, Use::Write),
             false => (Access::Read, Use::Read),

@@ -27,6 +27,7 @@ use crate::format::qcow2;
 use crate::format::raw::RawDelta;
 use crate::locks::{DiskLock, Use, lock_image};
 use crate::owner;
+use crate::store::arriving::{ArrivingStore, Missing};
 use crate::store::reserved::{Reserve, Reserved};
 use crate::store::{Access, Store, StoreFile};
 
@@ -45,6 +46,7 @@ const TRIES: u32 = 10;
 #[derive(Debug)]
 pub struct Opener {
     store: Arc<dyn Store>,
+    arriving: Option<Arc<ArrivingStore>>,
     cache: LayerCache,
     disk_locks: bool,
     control: Option<PathBuf>,
@@ -64,6 +66,7 @@ impl Opener {
     pub fn on(store: Arc<dyn Store>) -> Opener {
         Opener {
             store,
+            arriving: None,
             cache: LayerCache::default(),
             disk_locks: false,
             control: None,
@@ -93,6 +96,42 @@ impl Opener {
         let reserve = reserved.reserve().clone();
         self.store = Arc::new(reserved);
         (self, reserve)
+    }
+
+    /// The same, in a process that fetches what images lack: those that are registered are read while
+    /// they arrive. With the store that they are registered in.
+    #[must_use]
+    pub fn arriving(mut self) -> (Opener, Arc<ArrivingStore>) {
+        let arriving = Arc::new(ArrivingStore::new(self.store));
+        self.store = arriving.clone();
+        self.arriving = Some(arriving.clone());
+        (self, arriving)
+    }
+
+    /// Refuses the image at `path` (resolved) where some of its bytes have not arrived and nobody here
+    /// fetches them: its holes are no zeros. Errors: `InUse`, with what to do; `Corrupt` where it cannot
+    /// be told what it lacks.
+    pub fn refuse_missing(&self, path: &Path) -> Result<()> {
+        match &self.arriving {
+            Some(arriving) if arriving.is_registered(path) => Ok(()),
+            _ => Missing::refuse(self.store.as_ref(), path),
+        }
+    }
+
+    /// The same for who rewrites the image, or gives its file another name: one that arrives is refused
+    /// until all of it is here, whoever fetches it.
+    pub fn refuse_arriving(&self, path: &Path) -> Result<()> {
+        self.refuse_missing(path)?;
+        match self.is_arriving(path)? {
+            true => Err(crate::store::arriving::arriving(path)),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the image at `path` has not arrived as a whole, as its record says that is there until
+    /// then.
+    pub fn is_arriving(&self, path: &Path) -> Result<bool> {
+        Missing::is_there(self.store.as_ref(), path)
     }
 
     /// The same, in a process that answers the control API at `socket`: the lock of every disk that
@@ -158,6 +197,7 @@ impl Opener {
                 "Serve it with --read-only, or convert it: ploop convert SOURCE TARGET --to ploop",
             ));
         }
+        self.refuse_arriving(&real)?;
         let file = self.store.open(&real, Access::Write)?;
         lock_image(file.as_ref(), Use::Write)?;
         let home = self.home(&real).map(Home::if_there);
@@ -232,6 +272,8 @@ impl Opener {
     fn layer(&self, real: &Path, ploop: Option<u64>) -> Result<Arc<dyn Delta>> {
         let key = ploop.unwrap_or(1);
         self.cache.layer(real.to_path_buf(), key, || {
+            // Before it is opened: what is registered later was opened as it is.
+            self.refuse_missing(real)?;
             let file = self.store.open(real, Access::Read)?;
             lock_image(file.as_ref(), Use::Read)?;
             Ok(match ploop {
@@ -357,6 +399,7 @@ impl Opener {
         let Some(top) = top else {
             return Ok((below, None));
         };
+        self.refuse_arriving(&top)?;
         let file = self.store.open(&top, Access::Write)?;
         lock_image(file.as_ref(), Use::Write)?;
         // An image elsewhere, or of another disk, has no journal here.

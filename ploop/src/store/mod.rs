@@ -6,8 +6,9 @@
 //!   ┌──────┼───────────────┐
 //!  real   memory        recording
 //! ```
-//! [`reserved`] stands in front of one of them, for the files of a store of disks. What such a store
-//! passes on as it is, it names ([`crate::delegate`]).
+//! [`reserved`] stands in front of one of them, for the files of a store of disks, and [`arriving`] for
+//! images whose bytes are still to come. What such a store passes on as it is, it names
+//! ([`crate::delegate`]).
 //!
 //! * [`real`]: files of the host. Blocking system calls on the caller's thread, or reads on a
 //!   [`ring`].
@@ -23,6 +24,7 @@
 //! [`Store::sync_dir`] on its directory has returned. Before that any subset, in any order, may be
 //! lost, sector (512 bytes) by sector. [`FileSystem::sync`] is both for everything at once.
 
+pub mod arriving;
 mod delegate;
 pub mod memory;
 pub mod real;

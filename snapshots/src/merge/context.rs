@@ -352,6 +352,7 @@ fn open_file(path: &std::path::Path, place: &Place<'_>) -> Result<Arc<dyn StoreF
             .on(path)
             .fix("Copy what it shows: ploop convert DISK@SNAPSHOT TARGET --to ploop"));
     }
+    place.opener().refuse_arriving(path)?;
     let file = place.store().open(path, Access::Write)?;
     lock_image(file.as_ref(), Use::Read)?;
     Ok(file)

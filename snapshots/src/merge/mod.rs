@@ -71,18 +71,34 @@ pub struct Merge<'a> {
 }
 
 /// The nodes of a disk that wait for their merge, or for their removal: marked, and with one child
-/// at most. Those whose files other disks use wait longer.
+/// at most. Those whose files other disks use wait longer, and so does one of which, or of whose child,
+/// not all bytes are here ([`ploop::store::arriving`]).
 pub fn waiting(place: &Place<'_>, d: &Descriptor) -> Result<Vec<Guid>> {
     let marked = d.shots.iter().filter(|s| s.temporary != Temporary::No);
     let mut found = Vec::new();
     for shot in marked {
         match d.children(shot.guid)[..] {
             [] => found.push(shot.guid),
-            [child] if direction::possible(place, d, shot.guid, child)? => found.push(shot.guid),
+            [child]
+                if direction::possible(place, d, shot.guid, child)?
+                    && !arrives(place, d, shot.guid)?
+                    && !arrives(place, d, child)? =>
+            {
+                found.push(shot.guid);
+            }
             _ => {}
         }
     }
     Ok(found)
+}
+
+/// Whether some bytes of the image of `node` are still to come.
+fn arrives(place: &Place<'_>, d: &Descriptor, node: Guid) -> Result<bool> {
+    // What cannot be found is for who opens it.
+    match d.image(node).map(|image| place.file_of(image)) {
+        Some(Ok(path)) => place.opener().is_arriving(&path),
+        _ => Ok(false),
+    }
 }
 
 impl<'a> Merge<'a> {

@@ -5,6 +5,7 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+mod arriving;
 mod backup;
 mod backup_faults;
 mod common;

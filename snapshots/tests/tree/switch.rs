@@ -22,7 +22,7 @@ pub(crate) fn to(host: &Host, to: impl ToString) -> ploop::Result<Switched> {
     switch(&host.place(), &options)
 }
 
-fn discard(host: &Host, to: impl ToString) -> ploop::Result<Switched> {
+pub(crate) fn discard(host: &Host, to: impl ToString) -> ploop::Result<Switched> {
     let options = SwitchOptions {
         to: to.to_string(),
         discard: true,
