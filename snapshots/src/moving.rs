@@ -1,6 +1,8 @@
 //! A container that moves, as this store's files have it: what of it no stream carries, its record
 //! ([`ploop::owner`]), and its end here.
 
+pub mod later;
+
 use std::collections::BTreeMap;
 
 use ploop::descriptor::Guid;
@@ -200,6 +202,22 @@ pub fn mark(live: Live<'_>, node: Guid) -> Result<()> {
     let _arranging = live.disk.arrange();
     let mut d = live.place.descriptor()?;
     merge::mark(live.place, &mut d, node)
+}
+
+/// What the hashes of a container that came without its data say is of nothing: they are not known.
+/// Durable on return.
+pub fn forget_hashes(place: &Place<'_>) -> Result<()> {
+    let mut meta = place.meta()?;
+    let known = |m: &mut crate::meta::SnapshotMeta| m.content.take().is_some();
+    match meta
+        .snapshots
+        .values_mut()
+        .filter_map(|m| known(m).then_some(()))
+        .count()
+    {
+        0 => Ok(()),
+        _ => place.set_meta(&meta),
+    }
 }
 
 /// Merges away what waits for it; false when `watch` stopped that.

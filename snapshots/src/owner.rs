@@ -49,6 +49,8 @@ pub enum Verdict {
 pub enum Answer {
     /// It has the disk, in this epoch.
     Taken(u64),
+    /// The same, and some of its data is still to come from the source.
+    Needs(u64),
     /// It does not have it, and never will by this move.
     Dropped,
     /// It knows of no such move.
@@ -111,10 +113,13 @@ pub fn destination(stand: Stand, verdict: Verdict) -> (Next, Answer) {
 pub fn source(stand: Stand, answer: Answer) -> Next {
     match (stand, answer) {
         (Some((State::Given, _)), Answer::Taken(_)) => Next::Remove,
-        (Some((State::Offered, mine)), Answer::Taken(theirs)) if theirs >= mine => {
+        (Some((State::Offered, mine)), Answer::Taken(theirs) | Answer::Needs(theirs))
+            if theirs >= mine =>
+        {
             Next::Become(State::Given, theirs)
         }
         (Some((State::Offered, _)), Answer::Dropped | Answer::Unknown) => Next::Own,
+        // It is fed until it needs nothing any more: [`Answer::Needs`].
         // A disk that was given and that nobody has: somebody removed it there, or asks the wrong
         // service.
         _ => Next::Stay,

@@ -48,6 +48,10 @@ pub(crate) struct Migrate {
     /// Leave its files here; nobody opens them.
     #[arg(long)]
     pub keep: bool,
+    /// The destination serves it at once; its data follows, what is read first. Until all of it is
+    /// there, it needs this service.
+    #[arg(long)]
+    pub post_copy: bool,
     /// Never slow its clients down: where they write faster than can be sent, the move fails then.
     #[arg(long)]
     pub no_brake: bool,

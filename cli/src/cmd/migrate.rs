@@ -37,6 +37,7 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
         },
         keep: m.keep,
         no_brake: m.no_brake,
+        post_copy: m.post_copy,
         freeze: m.freeze.is_some(),
     };
     let bar = Bar::new(!m.json.json);
@@ -48,6 +49,7 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
             Some((MigrationPhase::Rounds, _)) => "more rounds",
             Some((MigrationPhase::Freeze, _)) => "freeze",
             Some((MigrationPhase::HandOver, _)) => "hand-over",
+            Some((MigrationPhase::PostCopy, _)) => "post-copy",
         };
         bar.at(stage, job.done, Some(job.total));
     };

@@ -120,7 +120,8 @@ fn run(args: &Args) -> Result<()> {
         None => dir.join("control.sock"),
     };
     // The locks of disks that this process opens say where it answers.
-    let opener = Opener::host().with_control(control_path.clone());
+    let (opener, _) = Opener::host().arriving();
+    let opener = opener.with_control(control_path.clone());
     let root = Root::on(opener, &dir, false, true)?;
     snapshots::list::names(&root)?;
     let disks = Arc::new(Disks::new(root, args.read_only));

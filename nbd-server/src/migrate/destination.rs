@@ -9,22 +9,26 @@
 //! the move ends, on another link; nobody may open the container before that.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ploop::descriptor::Guid;
 use ploop::device::{Device, ZeroMode};
 use ploop::error::{Error, Kind, Result};
 use ploop::owner::{Owner, Record, State};
+use ploop::store::arriving::ArrivingStore;
 use ploop::tracker::bitmap::Bitmap;
 use ploop::tracker::{Id, Tracker};
-use snapshots::moving::{self, Luggage, enact, stand};
+use snapshots::moving::{self, Luggage, enact, later, stand};
 use snapshots::owner::{self as rules, Answer, BEGUN, Next, Verdict};
 use snapshots::place::Place;
 use snapshots::stream::{self, ReceiveOptions};
 use snapshots::{Root, name};
 
+use super::feed::{self, Feed};
 use super::link::{Link, Stop};
 use super::settle::step_down;
 use super::wire::{
@@ -50,6 +54,9 @@ pub struct Destination {
     /// Moves that a link works on; set: it is to end.
     active: Mutex<HashMap<Guid, Arc<AtomicBool>>>,
     changed: Condvar,
+    /// Of containers that were taken, or are ready, and lack something.
+    feeds: Mutex<HashMap<Guid, Arc<Feed>>>,
+    fillers: Mutex<Vec<JoinHandle<()>>>,
     stopping: AtomicBool,
 }
 
@@ -80,6 +87,8 @@ impl Destination {
             connections,
             active: Mutex::default(),
             changed: Condvar::new(),
+            feeds: Mutex::default(),
+            fillers: Mutex::default(),
             stopping: AtomicBool::new(false),
         }
     }
@@ -90,6 +99,68 @@ impl Destination {
         self.moves()
             .values()
             .for_each(|e| e.store(true, Ordering::Release));
+        self.fed().values().for_each(|f| f.end());
+        let fillers =
+            std::mem::take(&mut *self.fillers.lock().unwrap_or_else(PoisonError::into_inner));
+        for filler in fillers {
+            drop(filler.join());
+        }
+    }
+
+    fn fed(&self) -> MutexGuard<'_, HashMap<Guid, Arc<Feed>>> {
+        self.feeds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes on with the containers that were taken and lack something, for a service that starts: their
+    /// sources come back by themselves.
+    pub fn resume(self: &Arc<Self>) -> Result<()> {
+        let root = self.root()?;
+        for (name, record) in moving::unsettled(root)? {
+            if !matches!(record.state, State::Taken | State::Ready) {
+                continue;
+            }
+            let place = Place::container(root, &name)?;
+            if later::missing(&place)?.is_empty() {
+                continue;
+            }
+            tracing::info!(container = name, id = %record.id, "some of it is still to come");
+            self.begin_feed(&place, &name, record.id)?;
+        }
+        Ok(())
+    }
+
+    /// Has what the container lacks come, in the background too, as soon as there is a link.
+    fn begin_feed(self: &Arc<Self>, place: &Place<'_>, name: &str, id: Guid) -> Result<Arc<Feed>> {
+        let none = || Error::unsupported("this service does not fetch what containers lack");
+        let store = place.opener().arrivals().ok_or_else(none)?.clone();
+        let feed = Feed::new();
+        let paths = feed::register(place, &store, &feed)?;
+        self.fed().insert(id, feed.clone());
+        let (me, name, with) = (self.clone(), name.to_owned(), feed.clone());
+        let thread = std::thread::Builder::new().name("post-copy".into());
+        let filler = thread.spawn(move || me.fill(&with, &store, &paths, &name, id));
+        let filler = filler.map_err(|e| Error::new(Kind::Io, "start a thread").caused_by(e))?;
+        let mut fillers = self.fillers.lock().unwrap_or_else(PoisonError::into_inner);
+        fillers.retain(|f| !f.is_finished());
+        fillers.push(filler);
+        Ok(feed)
+    }
+
+    fn fill(&self, feed: &Feed, store: &ArrivingStore, paths: &[PathBuf], name: &str, id: Guid) {
+        let Ok(root) = self.root() else { return };
+        let over = || !moving::record(root, name, id).is_ok_and(|r| r.is_some());
+        let confirmed = || {
+            let record = moving::record(root, name, id)?;
+            match rules::confirmed(stand(record.as_ref())) {
+                Next::Own => ploop::owner::remove(root.store(), &root.existing_container(name)?),
+                _ => Ok(()),
+            }
+        };
+        if feed::fill(feed, store, paths, &over, &confirmed) {
+            tracing::info!(container = name, id = %id, "all of it is here");
+            self.disks.go_on_merging(name);
+        }
+        self.fed().remove(&id);
     }
 
     fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<Guid, Arc<AtomicBool>>> {
@@ -117,7 +188,7 @@ impl Destination {
     }
 
     /// Serves a link to its end. Blocks. What goes wrong is logged, and said to the other side.
-    pub fn attend(&self, mut link: Link) {
+    pub fn attend(self: &Arc<Self>, mut link: Link) {
         if let Err(e) = link.handshake() {
             tracing::warn!(peer = link.peer(), error = %e, "a move was not let in");
             return;
@@ -159,7 +230,7 @@ impl Destination {
         }
     }
 
-    fn serve(&self, wire: &mut Wire, end: &Arc<AtomicBool>) -> Result<()> {
+    fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<AtomicBool>) -> Result<()> {
         wire.expect(Type::Hello)?;
         let hello: Hello = wire.record()?;
         if hello.version != VERSION {
@@ -172,8 +243,8 @@ impl Destination {
         self.disks.refuse_read_only(&hello.name)?;
         let _active = self.activate(id, hello.purpose == Purpose::Settle, end)?;
         match hello.purpose {
-            Purpose::Move => self.receive(wire, root, &hello, id),
-            Purpose::Settle => self.settle(wire, root, &hello.name, id),
+            Purpose::Move => self.receive(wire, root, &hello, id, end),
+            Purpose::Settle => self.settle(wire, root, &hello.name, id, end),
         }
     }
 
@@ -184,7 +255,14 @@ impl Destination {
     }
 
     /// A container comes.
-    fn receive(&self, wire: &mut Wire, root: &Root, hello: &Hello, id: Guid) -> Result<()> {
+    fn receive(
+        self: &Arc<Self>,
+        wire: &mut Wire,
+        root: &Root,
+        hello: &Hello,
+        id: Guid,
+        end: &Arc<AtomicBool>,
+    ) -> Result<()> {
         let name = &hello.name;
         hello.luggage.check()?;
         if root.existing_container(name).is_ok() {
@@ -202,6 +280,7 @@ impl Destination {
             id,
             arriving: None,
             stays: false,
+            of: self,
         };
         // 1.
         let options = ReceiveOptions {
@@ -221,14 +300,26 @@ impl Destination {
         let place = Place::container(root, name)?;
         let mut owner = Owner::open(root.store(), place.dir())?
             .ok_or_else(|| Error::corrupt("its record is gone").on(place.dir()))?;
+        let feed = match hello.later {
+            true => {
+                moving::forget_hashes(&place)?;
+                wire.send(Type::Received, &[])?;
+                wire.flush()?;
+                lay_out(wire, &place)?;
+                Some(self.begin_feed(&place, name, id)?)
+            }
+            false => None,
+        };
         let arriving = coming.arriving.insert(self.disks.arriving(name)?);
         if let Some(life) = &hello.luggage.life {
             arriving.disk().carry_on(life.parse()?)?;
         }
         // Behind the opening: until their bits come nobody asks for them.
         hello.luggage.unpack(&place)?;
-        wire.send(Type::Received, &[])?;
-        wire.flush()?;
+        if !hello.later {
+            wire.send(Type::Received, &[])?;
+            wire.flush()?;
+        }
         tracing::info!(container = %name, id = %id, peer = wire.peer(), bytes = received.data, "arriving");
         let bits = self.rounds(wire, arriving)?;
         // 3.
@@ -262,7 +353,10 @@ impl Destination {
         if let Err(e) = armed {
             tracing::error!(container = %name, error = %e, "its quota does not hold before it is opened again");
         }
-        let told = self.answer(wire, root, name, id, answer);
+        let told = match feed {
+            Some(feed) => self.needs(wire, &feed, epoch, end),
+            None => self.answer(wire, root, name, id, answer),
+        };
         // Whoever comes next need not open it again.
         let until = Instant::now() + KEPT;
         while Instant::now() < until && !self.stopping.load(Ordering::Acquire) {
@@ -270,6 +364,13 @@ impl Destination {
         }
         drop(disk);
         told
+    }
+
+    /// Answers that some of it is still to come, by this link from then on.
+    fn needs(&self, wire: &mut Wire, feed: &Feed, epoch: u64, end: &Arc<AtomicBool>) -> Result<()> {
+        wire.say(Type::Answer, &Answered::from(Answer::Needs(epoch)))?;
+        feed.give(wire.take(), end.clone());
+        Ok(())
     }
 
     /// Answers, and hears whether the source knows.
@@ -335,7 +436,14 @@ impl Destination {
     }
 
     /// A move that was cut ends.
-    fn settle(&self, wire: &mut Wire, root: &Root, name: &str, id: Guid) -> Result<()> {
+    fn settle(
+        self: &Arc<Self>,
+        wire: &mut Wire,
+        root: &Root,
+        name: &str,
+        id: Guid,
+        end: &Arc<AtomicBool>,
+    ) -> Result<()> {
         wire.say(Type::Welcome, &Welcome::default())?;
         let verdict = hear(wire)?;
         let record = moving::record(root, name, id)?;
@@ -346,7 +454,47 @@ impl Destination {
             _ => None,
         };
         enact(root, name, id, next)?;
-        self.answer(wire, root, name, id, answer)
+        let feed = self.fed().get(&id).cloned();
+        match (answer, feed) {
+            (Answer::Taken(epoch), Some(feed)) => self.needs(wire, &feed, epoch, end),
+            _ => self.answer(wire, root, name, id, answer),
+        }
+    }
+}
+
+/// Images whose data comes later, as the source tells of them, up to the last.
+fn lay_out(wire: &mut Wire, place: &Place<'_>) -> Result<()> {
+    let mut told: BTreeMap<Guid, Runs> = BTreeMap::new();
+    loop {
+        let kind = wire.read()?;
+        match kind {
+            Type::Later => {
+                let wrong = || wire.wrong("an image that is none");
+                let (image, runs) = wire.payload().split_first_chunk::<16>().ok_or_else(wrong)?;
+                let taken: usize = told.values().map(|r| r.len() * 16).sum();
+                if taken + runs.len() > RUNS_MAX || !runs.len().is_multiple_of(16) {
+                    return Err(wrong());
+                }
+                let all = told.entry(Guid::from_bytes(*image)).or_default();
+                for at in (16..16 + runs.len()).step_by(16) {
+                    all.push((wire.number(at)?, wire.number(at + 8)?));
+                }
+            }
+            Type::Sync | Type::Open => {
+                for (image, runs) in std::mem::take(&mut told) {
+                    later::lay_out(place, image, &runs)?;
+                }
+                if kind == Type::Open {
+                    return Ok(());
+                }
+                wire.send(Type::Synced, &[])?;
+                wire.flush()?;
+            }
+            other => {
+                let what = format!("a frame {other:?} among the images");
+                return Err(wire.wrong(&what));
+            }
+        }
     }
 }
 
@@ -369,6 +517,7 @@ struct Coming<'a> {
     id: Guid,
     arriving: Option<Arriving>,
     stays: bool,
+    of: &'a Destination,
 }
 
 impl Drop for Coming<'_> {
@@ -377,6 +526,9 @@ impl Drop for Coming<'_> {
         self.arriving = None;
         if self.stays {
             return;
+        }
+        if let Some(feed) = self.of.fed().remove(&self.id) {
+            feed.end();
         }
         let removed =
             moving::record(self.root, self.name, self.id).and_then(|record| match record {

@@ -92,7 +92,13 @@ impl Arrivals {
             moving::clear(root)?;
         }
         Ok(Arrivals {
-            destination: Arc::new(destination),
+            destination: {
+                let destination = Arc::new(destination);
+                if !disks.read_only() {
+                    destination.resume()?;
+                }
+                destination
+            },
             disks,
             stopping: Arc::default(),
             links: Arc::default(),

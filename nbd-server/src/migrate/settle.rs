@@ -9,8 +9,10 @@ use ploop::error::{Error, Kind, Result};
 use ploop::owner::{self, Owner, Record, State};
 use snapshots::Root;
 use snapshots::moving::{self, Luggage, enact, stand};
-use snapshots::owner::{self as rules, Next, Verdict};
+use snapshots::owner::{self as rules, Answer, Next, Verdict};
+use snapshots::place::Place;
 
+use super::feed::feed;
 use super::link::{Address, Link, Stop, Tls};
 use super::source::answer;
 use super::wire::{Hello, Purpose, Said, Type, VERSION, Wire};
@@ -87,12 +89,18 @@ pub fn settle(
         id: record.id.to_string(),
         name,
         purpose: Purpose::Settle,
+        later: false,
         luggage: Luggage::default(),
     };
     wire.say(Type::Hello, &hello)?;
     wire.expect(Type::Welcome)?;
     wire.say(Type::Says, &Said::from(verdict))?;
     let answer = answer(&mut wire)?;
+    if let (State::Given, Answer::Needs(_)) = (record.state, answer) {
+        tracing::info!(container, id = %record.id, "its data goes on to follow");
+        feed(&mut wire, Place::container(root, container)?)?;
+        return left(root, container, &record, &mut wire);
+    }
     let next = rules::source(stand(Some(&record)), answer);
     tracing::info!(container, id = %record.id, ?verdict, ?answer, "a move that was cut has ended");
     match (record.state, next) {
@@ -108,17 +116,23 @@ pub fn settle(
             Ok(Settled::InDoubt)
         }
         (_, next) => {
-            enact(root, container, record.id, next)?;
             if next == Next::Remove {
-                let known = wire.send(Type::Confirmed, &[]).and_then(|()| wire.flush());
-                if let Err(e) = known.and_then(|()| wire.expect(Type::Done)) {
-                    tracing::warn!(container, error = %e, "the destination was not told that we know");
-                }
-                return Ok(Settled::There);
+                return left(root, container, &record, &mut wire);
             }
+            enact(root, container, record.id, next)?;
             Ok(Settled::InDoubt)
         }
     }
+}
+
+/// It is the destination's, and complete there.
+fn left(root: &Root, container: &str, record: &Record, wire: &mut Wire) -> Result<Settled> {
+    enact(root, container, record.id, Next::Remove)?;
+    let known = wire.send(Type::Confirmed, &[]).and_then(|()| wire.flush());
+    if let Err(e) = known.and_then(|()| wire.expect(Type::Done)) {
+        tracing::warn!(container, error = %e, "the destination was not told that we know");
+    }
+    Ok(Settled::There)
 }
 
 /// Everybody lets go of a container that is not this service's any more; nobody opens it before the

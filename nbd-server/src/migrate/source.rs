@@ -31,12 +31,13 @@ use ploop::error::{Error, Kind, Result};
 use ploop::owner::{Owner, Record, State};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
-use snapshots::moving::{self, Luggage};
+use snapshots::moving::{self, Luggage, later};
 use snapshots::owner::{Answer, BEGUN, Next, Verdict};
 use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot};
 use snapshots::stream;
 
+use super::feed::feed;
 use super::link::Link;
 use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
 use crate::control::Client;
@@ -52,6 +53,8 @@ const GRANULE: u64 = 4096;
 const REGION: u64 = 64 << 10;
 /// Bytes that are read, and sent in a frame, at once.
 const PIECE: u64 = 1 << 20;
+/// Bytes of a frame that tells of runs.
+const RUNS: usize = 512 << 10;
 /// Blocks that are looked at for zeros.
 const BLOCK: usize = 4096;
 /// Zeros that are sent as such; fewer cost less as bytes than as a request.
@@ -78,6 +81,8 @@ pub struct Options {
     pub holder: Option<Holder>,
     /// The disk's files stay here; nobody opens them.
     pub keep: bool,
+    /// The destination takes it at once; its data follows.
+    pub later: bool,
     /// Whether clients may be slowed down where they write faster than can be sent.
     pub brake: bool,
 }
@@ -119,6 +124,8 @@ pub trait Watch: Sync {
     /// Before the last rounds: whoever is inside makes the disk's content consistent, and keeps it so
     /// until the move has ended. An error ends it.
     fn freeze(&self) -> Result<()>;
+    /// The destination has it; its data follows.
+    fn fed(&self);
 }
 
 /// What a move came to.
@@ -186,6 +193,8 @@ struct Way {
     heat: HashMap<u64, u32>,
     /// All that was written since the move began.
     written: Bitmap,
+    /// Of a move whose data follows: the node that what is written until the hand-over becomes.
+    last: Guid,
 }
 
 /// Until when what is under way may take; the move's own end is its watch's.
@@ -228,6 +237,7 @@ impl Source<'_> {
             moved: Moved::default(),
             heat: HashMap::new(),
             written,
+            last: Guid::new_v4(),
         };
         drop(begun);
         let gone = self.go(&mut wire, &mut way);
@@ -277,6 +287,11 @@ impl Source<'_> {
             Ok(()) => {}
             Err(Failed::Here(e)) => {
                 drop(door);
+                if self.options.later
+                    && let Err(e) = moving::mark(self.live(), way.last)
+                {
+                    tracing::debug!(error = %e, "there is no second snapshot of the move");
+                }
                 self.deadline.set(Some(TAKE_BACK));
                 self.take_back(wire);
                 return Err(Failed::Here(e));
@@ -294,6 +309,14 @@ impl Source<'_> {
         way.moved.written = way.written.dirty_bytes();
         self.close();
         let answer = answered.map_err(Failed::Given)?;
+        if let Answer::Needs(_) = answer {
+            self.deadline.set(None);
+            self.watch.fed();
+            let place = Place::container(self.root().map_err(Failed::Given)?, self.place.shown());
+            let fed = place.and_then(|place| feed(wire, place));
+            fed.map_err(Failed::Given)?;
+            return Ok(door);
+        }
         let next = snapshots::owner::source(Some((State::Given, BEGUN)), answer);
         if next == Next::Remove {
             return Ok(door);
@@ -322,6 +345,11 @@ impl Source<'_> {
         if let Err(e) = known {
             tracing::warn!(container = name, error = %e, "the destination was not told that we know");
         }
+    }
+
+    fn root(&self) -> Result<&snapshots::Root> {
+        let none = || Error::unsupported("only a container of a store moves");
+        self.place.root().ok_or_else(none)
     }
 
     /// Everybody lets go of the disk; it is closed. Its life goes on elsewhere.
@@ -359,6 +387,7 @@ impl Source<'_> {
             id: way.id.to_string(),
             name: self.options.name.clone(),
             purpose: Purpose::Move,
+            later: self.options.later,
             luggage: Luggage::of(self.live(), Some(self.disk.life()?))?,
         };
         wire.say(Type::Hello, &hello)?;
@@ -373,10 +402,30 @@ impl Source<'_> {
         moving::mark(self.live(), Guid::parse(&taken.guid)?)?;
         // 2.
         self.tree(wire, way, &welcome)?;
+        if self.options.later {
+            self.watch.freeze()?;
+            // So that little is left to be made durable in the hand-over.
+            return self.disk.flush();
+        }
         // 3.
         self.converge(wire, way)?;
         self.watch.freeze()?;
         self.round(wire, way).map(drop)
+    }
+
+    /// Tells where an image has data.
+    fn tell(&self, wire: &mut Wire, image: Guid) -> Result<()> {
+        let mut runs: Vec<u8> = Vec::new();
+        later::runs(&self.place, image, &mut |offset, len| {
+            runs.extend(offset.to_le_bytes());
+            runs.extend(len.to_le_bytes());
+            if runs.len() >= RUNS {
+                wire.send(Type::Later, &[image.as_bytes(), &runs])?;
+                runs.clear();
+            }
+            Ok(())
+        })?;
+        wire.send(Type::Later, &[image.as_bytes(), &runs])
     }
 
     fn refuse_cancelled(&self) -> Result<()> {
@@ -405,12 +454,27 @@ impl Source<'_> {
             wire,
             go_on: &go_on,
         };
-        let sent = stream::send_below(self.live(), &welcome.have, &mut out, &progress);
+        let hollow = self.options.later.then_some(way.last);
+        let sent = stream::send_below(self.live(), &welcome.have, hollow, &mut out, &progress);
         // A link that broke may have been broken with a word.
         let sent = sent.map_err(|e| self.said(wire, e))?;
         wire.send(Type::StreamEnd, &[])?;
         wire.flush()?;
         wire.expect(Type::Received)?;
+        if self.options.later {
+            // The last two are of the hand-over, and the top.
+            for &image in sent
+                .nodes
+                .iter()
+                .filter(|n| **n != way.last && **n != Guid::TOP)
+            {
+                self.refuse_cancelled()?;
+                self.tell(wire, image)?;
+            }
+            wire.send(Type::Sync, &[])?;
+            wire.flush()?;
+            wire.expect(Type::Synced)?;
+        }
         let seconds = way.began.elapsed().as_secs_f64().max(0.001);
         way.moved.data = sent.data;
         way.progress.sent = sent.data;
@@ -547,13 +611,19 @@ impl Source<'_> {
             None => None,
         };
         self.disk.gate().halt();
+        let sealed = match self.options.later {
+            true => self.seal(wire, way),
+            false => Ok(()),
+        };
         let barrier = self.disk.disk().barrier();
-        let done = self.rest(wire, way, &barrier).and_then(|()| {
-            if let Some(holder) = &self.options.holder {
-                holder.send(&holder.to)?;
-            }
-            Ok(())
-        });
+        let done = sealed
+            .and_then(|()| self.rest(wire, way, &barrier))
+            .and_then(|()| {
+                if let Some(holder) = &self.options.holder {
+                    holder.send(&holder.to)?;
+                }
+                Ok(())
+            });
         if let Err(e) = done {
             drop(barrier);
             self.disk.gate().resume();
@@ -580,6 +650,21 @@ impl Source<'_> {
         {
             tracing::error!(error = %e, "the holder of the clients was not sent back here");
         }
+    }
+
+    /// Before step 5: what was written since the snapshot is another one, that follows, too. What is
+    /// still under way goes with the rest.
+    fn seal(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        way.written
+            .add(&*self.disk.disk().barrier().clear_tracker(way.tracker)?);
+        let new = NewSnapshot {
+            description: format!("moving to {}", self.peer),
+            guid: Some(way.last),
+            ..NewSnapshot::default()
+        };
+        snapshot::take(self.live(), &new)?;
+        self.tell(wire, way.last)?;
+        wire.send(Type::Open, &[])
     }
 
     /// Step 5, behind the closed gate: what is left, and the trackers' bits.

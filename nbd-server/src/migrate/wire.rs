@@ -36,6 +36,25 @@ pub(super) trait Duplex: Read + Write + Send {}
 
 impl<T: Read + Write + Send> Duplex for T {}
 
+/// A link that is another's now.
+struct Dead;
+
+impl Read for Dead {
+    fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Write for Dead {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::NotConnected.into())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::NotConnected.into())
+    }
+}
+
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -60,6 +79,12 @@ pub(super) enum Type {
     Says = 9,
     /// The source knows.
     Confirmed = 10,
+    /// An image (16), and where it has data (byte offset (8), length (8) each): it comes later.
+    Later = 11,
+    /// All images were told of: the container is to be opened.
+    Open = 12,
+    /// An answer to `Want`: the bytes.
+    Have = 13,
     /// To the source: [`Welcome`].
     Welcome = 32,
     /// The stream is a container.
@@ -72,10 +97,14 @@ pub(super) enum Type {
     Refused = 37,
     /// `Confirmed` was heard; nothing follows.
     Done = 38,
+    /// An image (16), a byte offset (8), a length (8): to be answered: `Have`.
+    Want = 39,
+    /// Nothing is missing any more. To be answered: `Confirmed`.
+    Whole = 40,
 }
 
 impl Type {
-    const ALL: [Type; 17] = [
+    const ALL: [Type; 22] = [
         Type::Hello,
         Type::Stream,
         Type::StreamEnd,
@@ -86,6 +115,9 @@ impl Type {
         Type::Prepare,
         Type::Says,
         Type::Confirmed,
+        Type::Later,
+        Type::Open,
+        Type::Have,
         Type::Welcome,
         Type::Received,
         Type::Synced,
@@ -93,6 +125,8 @@ impl Type {
         Type::Answer,
         Type::Refused,
         Type::Done,
+        Type::Want,
+        Type::Whole,
     ];
 }
 
@@ -106,6 +140,9 @@ pub(super) struct Hello {
     /// What the container is, or is to be, called there.
     pub(super) name: String,
     pub(super) purpose: Purpose,
+    /// The images' data comes later, when the container was taken.
+    #[serde(default)]
+    pub(super) later: bool,
     /// What moves beside the images.
     #[serde(default)]
     pub(super) luggage: Luggage,
@@ -167,6 +204,7 @@ impl From<Said> for Verdict {
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub(super) enum Answered {
     Taken { epoch: u64 },
+    Needs { epoch: u64 },
     Dropped,
     Unknown,
 }
@@ -175,6 +213,7 @@ impl From<Answer> for Answered {
     fn from(a: Answer) -> Answered {
         match a {
             Answer::Taken(epoch) => Answered::Taken { epoch },
+            Answer::Needs(epoch) => Answered::Needs { epoch },
             Answer::Dropped => Answered::Dropped,
             Answer::Unknown => Answered::Unknown,
         }
@@ -185,6 +224,7 @@ impl From<Answered> for Answer {
     fn from(a: Answered) -> Answer {
         match a {
             Answered::Taken { epoch } => Answer::Taken(epoch),
+            Answered::Needs { epoch } => Answer::Needs(epoch),
             Answered::Dropped => Answer::Dropped,
             Answered::Unknown => Answer::Unknown,
         }
@@ -224,6 +264,12 @@ impl Wire {
             bytes: 0,
             broken: std::cell::Cell::new(false),
         }
+    }
+
+    /// The link, for somebody else; this one is at its end.
+    pub(super) fn take(&mut self) -> Wire {
+        let dead = Wire::new(Box::new(Dead), &self.peer);
+        std::mem::replace(self, dead)
     }
 
     /// Who is at the other end.

@@ -108,6 +108,11 @@ impl Opener {
         (self, arriving)
     }
 
+    /// What images that arrive are registered in, where this process fetches them.
+    pub fn arrivals(&self) -> Option<&Arc<ArrivingStore>> {
+        self.arriving.as_ref()
+    }
+
     /// Refuses the image at `path` (resolved) where some of its bytes have not arrived and nobody here
     /// fetches them: its holes are no zeros. Errors: `InUse`, with what to do; `Corrupt` where it cannot
     /// be told what it lacks.

@@ -108,6 +108,10 @@ impl World {
                 let (next, answer) = destination(w.destination, verdict);
                 w.destination_next(next);
                 w.send(Message::Answers(answer));
+                if let Answer::Taken(epoch) = answer {
+                    // Or so, as long as its data is still coming.
+                    w.send(Message::Answers(Answer::Needs(epoch)));
+                }
             }
             Message::Answers(answer) => {
                 if w.doing == Doing::Tells {

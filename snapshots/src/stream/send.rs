@@ -46,6 +46,9 @@ pub struct Sent {
     pub bytes: u64,
     /// What was not sent because the receiver has it, for people.
     pub base: Option<String>,
+    /// The images, the top last.
+    #[serde(skip)]
+    pub nodes: Vec<Guid>,
 }
 
 /// Writes a disk to `out`. Blocks for as long as the receiver does; `progress` gets bytes of data
@@ -66,15 +69,18 @@ pub fn send(
     progress: Progress<'_>,
 ) -> Result<Sent> {
     let opened = Opened::open(place, options.snapshot.as_deref())?;
-    write(place, &opened, options, out, progress)
+    write(place, &opened, options, None, out, progress)
 }
 
 /// Writes the whole tree of a disk that is open here, under its clients, without what its top has: what
 /// was written since the last snapshot. The caller keeps the tree as it is meanwhile. Nodes that wait
 /// for a merge are sent, and wait for it at the receiver. Otherwise as [`send`].
+///
+/// `hollow`: no image's data is sent, and an empty one more stands below the top, under this name.
 pub fn send_below(
     live: Live<'_>,
     have: &[Have],
+    hollow: Option<Guid>,
     out: &mut dyn Write,
     progress: Progress<'_>,
 ) -> Result<Sent> {
@@ -83,17 +89,24 @@ pub fn send_below(
         have: have.to_vec(),
         ..SendOptions::default()
     };
-    write(live.place, &opened, &options, out, progress)
+    write(live.place, &opened, &options, hollow, out, progress)
 }
 
 fn write(
     place: &Place<'_>,
     opened: &Opened,
     options: &SendOptions,
+    hollow: Option<Guid>,
     out: &mut dyn Write,
     progress: Progress<'_>,
 ) -> Result<Sent> {
-    let (manifest, images, base) = plan(place, opened, options)?;
+    let (mut manifest, mut images, base) = plan(place, opened, options)?;
+    if let Some(guid) = hollow {
+        images = source::hollow(images, guid);
+        manifest.images = images.iter().map(|i| i.record.clone()).collect();
+        manifest.disk.images = images.len();
+        manifest.check().map_err(|e| e.on(place.dir()))?;
+    }
     let records = manifest.hash()?;
     let (features, begin) = match &options.resume {
         Some(token) if token.records() == records => (CONTINUES, token.position()),
@@ -148,6 +161,10 @@ fn write(
         data,
         bytes: out.bytes(),
         base,
+        nodes: images
+            .iter()
+            .filter_map(|i| Guid::parse(&i.record.guid).ok())
+            .collect(),
     })
 }
 

@@ -346,6 +346,29 @@ pub(super) struct Sent {
 /// the end of a cluster; of a cluster without any its first byte, and nothing.
 pub(super) type Sink<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
 
+/// The same without their data, and with an empty image `guid` below the top, which comes last.
+pub(super) fn hollow(mut images: Vec<Sent>, guid: Guid) -> Vec<Sent> {
+    for image in &mut images {
+        image.deltas.clear();
+    }
+    if let Some(mut top) = images.pop() {
+        let below = Sent {
+            record: Record {
+                guid: guid.to_string(),
+                limit: None,
+                meta: None,
+                temporary: true,
+                ..top.record.clone()
+            },
+            deltas: Vec::new(),
+            ..top
+        };
+        top.record.parent = Some(guid.to_string());
+        images.extend([below, top]);
+    }
+    images
+}
+
 impl Sent {
     /// Bytes of data in its files.
     pub(super) fn data(&self) -> Result<u64> {

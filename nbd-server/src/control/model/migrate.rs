@@ -24,6 +24,9 @@ pub struct Migrate {
     /// Its files stay here; nobody opens them.
     #[serde(default)]
     pub keep: bool,
+    /// The destination serves at once, and its data follows.
+    #[serde(default)]
+    pub post_copy: bool,
     /// Clients are never slowed down: a move that does not converge then fails.
     #[serde(default)]
     pub no_brake: bool,
@@ -82,6 +85,8 @@ pub enum MigrationPhase {
     Freeze,
     /// The last of it.
     HandOver,
+    /// The destination has it, and its data follows.
+    PostCopy,
 }
 
 /// What a move came to.

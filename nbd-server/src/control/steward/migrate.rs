@@ -66,6 +66,7 @@ impl Steward {
                 to: h.to.clone(),
             }),
             keep: request.keep,
+            later: request.post_copy,
             brake: !request.no_brake,
         };
         let watch = Watching {
@@ -248,5 +249,9 @@ impl source::Watch for Watching<'_> {
         }
         self.show(|m| m.phase = MigrationPhase::HandOver);
         Ok(())
+    }
+
+    fn fed(&self) {
+        self.show(|m| m.phase = MigrationPhase::PostCopy);
     }
 }
