@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ploop::Kind;
 use ploop::descriptor::{Descriptor, Guid, Temporary};
 use ploop::device::Device;
-use ploop::disk::open::Opener;
+use ploop::disk::open::{OpenOptions, Opener, Source};
 use ploop::format::ploop::Version;
 use ploop::store::arriving::{ArrivingStore, Fetch, Filled, begin};
 use ploop::store::memory::MemoryStore;
@@ -287,4 +287,37 @@ fn what_nobody_fetches_any_more_may_be_removed() {
     let root = Root::on(opener, Path::new("/store"), false, false).unwrap();
     remove_container(&root, "ct").unwrap();
     assert!(case.store.list(Path::new("/store/tmp")).unwrap().is_empty());
+}
+
+/// Goal: what is still to come is no damage, and no repair clears its mark.
+#[test]
+fn a_check_says_that_it_arrives() {
+    let case = case(DIR);
+    let options = OpenOptions::default();
+    let disk = Source::parse(&case.store, DIR).unwrap();
+    let image = Source::parse(&case.store, case.b.to_str().unwrap()).unwrap();
+    let host = Host::on(Arc::new(case.store.clone()));
+    for source in [&disk, &image] {
+        let e = fsck::check(&host.opener, source, &options).unwrap_err();
+        assert_eq!((e.kind(), e.path()), (Kind::InUse, Some(case.b.as_path())));
+        assert!(e.to_string().contains("have not arrived"), "{e}");
+        let e = fsck::repair::plan(&host.opener, source, &options).unwrap_err();
+        assert_eq!(e.kind(), Kind::InUse);
+    }
+    let (host, arriving) = case.host();
+    for source in [&disk, &image] {
+        let report = fsck::check(&host.opener, source, &options).unwrap();
+        assert!(report.findings.is_empty(), "{:?}", report.findings);
+        let e = fsck::repair::plan(&host.opener, source, &options).unwrap_err();
+        assert_eq!(e.kind(), Kind::InUse);
+    }
+    fill(&arriving);
+    let host = Host::on(Arc::new(case.store.clone()));
+    let report = fsck::check(&host.opener, &disk, &options).unwrap();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    assert!(
+        fsck::repair::plan(&host.opener, &disk, &options)
+            .unwrap()
+            .is_empty()
+    );
 }

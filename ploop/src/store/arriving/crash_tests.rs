@@ -210,3 +210,45 @@ fn a_header_that_was_changed_is_not_written_over() {
     assert_eq!(e.kind(), Kind::Corrupt);
     assert!(Missing::is_there(&memory, path).unwrap());
 }
+
+/// Goal: what arrives while the record is written is not forgotten. Method: each sync in turn has one
+/// granule arrive inside of it, and one of the later syncs fails; every legal state after that is right.
+#[test]
+fn what_arrives_while_it_is_saved_is_saved_later() {
+    for during in 0..4 {
+        for fails in during..6 {
+            let memory = MemoryStore::new();
+            let bytes = image(&memory);
+            let ranges = holes(&memory);
+            let path = Path::new(IMAGE);
+            begin(&memory, path, &ranges).unwrap();
+            let recorded = RecordingStore::on(&memory);
+            let store = Arc::new(ArrivingStore::new(recorded.store()));
+            store.register(path, origin(&bytes)).unwrap();
+            let inside = store.clone();
+            recorded.during_sync(move |n| {
+                if n == during && inside.remaining(path) > 0 {
+                    inside.fill_next(path, GRANULE).unwrap();
+                }
+            });
+            recorded.fail_sync(fails, Fault::Eio);
+            for _ in 0..20 {
+                let filled = store.fill_next(path, GRANULE);
+                if matches!(filled, Ok(Filled::Done)) {
+                    break;
+                }
+                drop(store.checkpoint(path));
+            }
+            assert!(store.registered().is_empty());
+            for point in recorded.crash_points() {
+                for state in recorded.states_at(point, &Budget::default()) {
+                    let found = state.build();
+                    let file = found.open(path, Access::Read).unwrap();
+                    let dirty = read_header(file.as_ref()).unwrap().0.dirty();
+                    // Without the mark there is nothing to fetch.
+                    judge(&found, &bytes, !dirty, &state);
+                }
+            }
+        }
+    }
+}

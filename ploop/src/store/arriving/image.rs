@@ -44,6 +44,8 @@ pub(super) struct Image {
     whole: AtomicBool,
     /// How often granules that were there became missing again.
     lost: AtomicU64,
+    /// A sync of the record failed, or is under way.
+    unsettled: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -160,6 +162,7 @@ impl Image {
             saving: Mutex::default(),
             whole: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            unsettled: AtomicBool::new(false),
         })
     }
 
@@ -410,7 +413,7 @@ impl Image {
         }
         // 1.
         self.save()?;
-        self.side.sync()?;
+        self.settle()?;
         {
             // Another one's sync may have failed meanwhile.
             let state = lock(&self.state);
@@ -427,6 +430,28 @@ impl Image {
         side::remove(self.store.as_ref(), &self.path())?;
         self.whole.store(true, Ordering::Release);
         Ok(Filled::Done)
+    }
+
+    /// Makes the record durable as it is. What a sync that failed was to cover, the next one may not:
+    /// then all of it is written again.
+    fn settle(&self) -> Result<()> {
+        if self.unsettled.swap(true, Ordering::Relaxed) {
+            let pages = lock(&self.state).missing.pages();
+            for n in 0..pages {
+                let page = self.recorded(n);
+                self.side.write(n, &page)?;
+            }
+        }
+        self.side.sync()?;
+        self.unsettled.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Page `n` as the record may have it.
+    fn recorded(&self, n: u64) -> Page {
+        let state = lock(&self.state);
+        let saved = state.saved.get(&n).copied();
+        saved.unwrap_or_else(|| state.missing.page(n))
     }
 
     fn clear_mark(&self, head: &Head) -> Result<()> {
