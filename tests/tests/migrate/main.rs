@@ -8,7 +8,13 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+mod damage;
+mod doubt;
+mod killed;
 mod moves;
+mod odd;
+mod proxy;
+mod sides;
 mod writers;
 
 use std::fs;
