@@ -10,6 +10,7 @@ use ploop::store::{Access, SECTOR};
 use serde::Serialize;
 
 use crate::meta::Meta;
+use crate::moving::Unended;
 use crate::store::Root;
 use crate::template::{self, data_of};
 use crate::uses::{self, Found, Uses};
@@ -29,6 +30,9 @@ pub struct ContainerEntry {
     pub depth: usize,
     /// What its files may take of the host, in bytes; 0 without a quota.
     pub quota: u64,
+    /// A move of it that has not ended.
+    #[serde(rename = "move", skip_serializing_if = "Option::is_none")]
+    pub moving: Option<Unended>,
     /// Why the rest is not known: the container is damaged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -105,6 +109,7 @@ fn described(root: &Root, name: String, templates: &Templates) -> Option<Contain
             template: None,
             depth: 0,
             quota: 0,
+            moving: None,
             error: Some(e.to_string()),
         })
     })
@@ -177,8 +182,13 @@ fn container(root: &Root, name: String, templates: &Templates) -> Result<Contain
         template,
         depth: chain.len(),
         quota: meta.quota.unwrap_or(0),
+        moving: None,
         error: None,
     };
+    match Unended::of(root.store(), &dir) {
+        Ok(moving) => entry.moving = moving,
+        Err(e) => entry.error = Some(e.to_string()),
+    }
     for image in &d.images {
         let path = root.store().resolve(&dir.join(&image.file))?;
         if path.starts_with(&dir) {

@@ -4,10 +4,12 @@
 pub mod later;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use ploop::descriptor::Guid;
 use ploop::error::{Error, Kind, Result};
 use ploop::owner::{self, Owner, Record, State};
+use ploop::store::Store;
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::check_granularity;
 use serde::{Deserialize, Serialize};
@@ -73,6 +75,32 @@ impl Luggage {
         let mut meta = place.meta()?;
         meta.trackers = self.trackers.clone();
         place.set_meta(&meta)
+    }
+}
+
+/// A move that has not ended, as `ploop info` and `ploop list` show it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unended {
+    /// `offered`, `given`, `arriving`, `ready` or `taken` ([`ploop::owner`]).
+    pub state: &'static str,
+    /// The move.
+    pub id: String,
+    /// One more with every owner.
+    pub epoch: u64,
+    /// Where the other side is.
+    pub peer: String,
+}
+
+impl Unended {
+    /// That of the disk in `dir`. Error: `Corrupt`.
+    pub fn of(store: &dyn Store, dir: &Path) -> Result<Option<Unended>> {
+        let record = owner::read(store, dir)?;
+        Ok(record.map(|r| Unended {
+            state: r.state.name(),
+            id: r.id.to_string(),
+            epoch: r.epoch,
+            peer: r.peer,
+        }))
     }
 }
 

@@ -7,6 +7,7 @@ use ploop::disk::open::Opener;
 use ploop::{Error, Result};
 use serde_json::json;
 use snapshots::convert::{self, Kind, Target};
+use snapshots::moving::Unended;
 
 use crate::args::{self, To};
 use crate::output::{Bar, line, print_json, size, table};
@@ -18,6 +19,9 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
     let limits = limits.and_then(|_| super::set::limits_of(root, &i.source));
     let quota = info.top_guid.as_ref();
     let quota = quota.and_then(|_| super::set::quota_of(root, &i.source));
+    // Of a disk that is damaged, too, and one whose record is.
+    let dir = source.path.parent().filter(|_| source.descriptor);
+    let moving = dir.map(|dir| Unended::of(Opener::host().store().as_ref(), dir));
     if i.json.json {
         let mut shown = serde_json::to_value(&info)
             .map_err(|e| Error::invalid("a description that JSON cannot hold").caused_by(e))?;
@@ -26,6 +30,11 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
         }
         if let Some(quota) = quota {
             shown["quota"] = json!(quota);
+        }
+        match moving {
+            Some(Ok(Some(moving))) => shown["move"] = json!(moving),
+            Some(Err(e)) => shown["move"] = json!({ "error": e.to_string() }),
+            _ => {}
         }
         return print_json(&shown);
     }
@@ -56,6 +65,14 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
             "no"
         }
     ))?;
+    match moving {
+        Some(Ok(Some(m))) => line(format!(
+            "move      {} (epoch {}), to or from {}: {}",
+            m.state, m.epoch, m.peer, m.id
+        ))?,
+        Some(Err(e)) => line(format!("move      {e}"))?,
+        _ => {}
+    }
     if let Some(key) = &info.encryption_key {
         line(format!("encrypted with key {key}"))?;
     }

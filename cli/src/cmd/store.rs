@@ -253,7 +253,10 @@ pub(crate) fn list(root: &Path, l: &args::List) -> Result<()> {
         return print_json(&entries);
     }
     let row = |Listed { entry: c, charged }| {
-        let template = c.error.or(c.template).unwrap_or_else(|| "-".into());
+        let mut template = c.error.or(c.template).unwrap_or_else(|| "-".into());
+        if let Some(moving) = &c.moving {
+            template = format!("{template}, {}", moving.state);
+        }
         vec![
             c.name,
             size(c.size),

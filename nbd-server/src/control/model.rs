@@ -317,9 +317,36 @@ pub struct Container {
     /// What may be charged, in bytes; 0 without a quota.
     #[serde(default)]
     pub quota: u64,
+    /// A move of it that has not ended.
+    #[serde(default, rename = "move", skip_serializing_if = "Option::is_none")]
+    pub moving: Option<UnendedMove>,
     /// Why the rest is not known: it is damaged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// A move that has not ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UnendedMove {
+    /// `offered`, `given`, `arriving`, `ready` or `taken`.
+    pub state: String,
+    /// The move.
+    pub id: String,
+    /// One more with every owner.
+    pub epoch: u64,
+    /// Where the other side is.
+    pub peer: String,
+}
+
+impl From<snapshots::moving::Unended> for UnendedMove {
+    fn from(m: snapshots::moving::Unended) -> UnendedMove {
+        UnendedMove {
+            state: m.state.to_owned(),
+            id: m.id,
+            epoch: m.epoch,
+            peer: m.peer,
+        }
+    }
 }
 
 impl From<snapshots::list::ContainerEntry> for Container {
@@ -331,6 +358,7 @@ impl From<snapshots::list::ContainerEntry> for Container {
             template: e.template,
             depth: e.depth as u64,
             quota: e.quota,
+            moving: e.moving.map(UnendedMove::from),
             error: e.error,
         }
     }

@@ -8,7 +8,7 @@
 //! A link that breaks before 3, and a crash, leave nothing of it. Between 3 and 4 the source says how
 //! the move ends, on another link; nobody may open the container before that.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -57,7 +57,7 @@ pub struct Destination {
     /// Of containers that were taken, or are ready, and lack something.
     feeds: Mutex<HashMap<Guid, Arc<Feed>>>,
     fillers: Mutex<Vec<JoinHandle<()>>>,
-    stopping: AtomicBool,
+    stopping: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for Destination {
@@ -89,7 +89,7 @@ impl Destination {
             changed: Condvar::new(),
             feeds: Mutex::default(),
             fillers: Mutex::default(),
-            stopping: AtomicBool::new(false),
+            stopping: Arc::default(),
         }
     }
 
@@ -163,6 +163,21 @@ impl Destination {
         self.fed().remove(&id);
     }
 
+    /// Removes what is left of moves that were cut before all of it came, and that somebody had open
+    /// when it was to go.
+    pub(super) fn clear(&self) {
+        let Some(root) = self.disks.root().filter(|_| !self.disks.read_only()) else {
+            return;
+        };
+        // What cannot be listed is looked at again.
+        for (name, record) in moving::unsettled(root).unwrap_or_default() {
+            let left = record.state == State::Arriving && !self.moves().contains_key(&record.id);
+            if left && let Err(e) = enact(root, &name, record.id, Next::Remove) {
+                tracing::debug!(container = name, error = %e, "half of a move stays");
+            }
+        }
+    }
+
     fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<Guid, Arc<AtomicBool>>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -195,8 +210,10 @@ impl Destination {
         }
         let peer = link.peer().to_owned();
         let end = Arc::new(AtomicBool::new(false));
-        let stop = end.clone();
-        let stop: Stop = Arc::new(move || stop.load(Ordering::Acquire));
+        // One that has not said what it is for is in no list, and ends, too.
+        let (said, stopping) = (end.clone(), self.stopping.clone());
+        let stop: Stop =
+            Arc::new(move || said.load(Ordering::Acquire) || stopping.load(Ordering::Acquire));
         link.set_stop(stop);
         link.set_patience(Some(SILENCE));
         let mut wire = Wire::new(Box::new(link), &peer);
@@ -321,7 +338,7 @@ impl Destination {
             wire.flush()?;
         }
         tracing::info!(container = %name, id = %id, peer = wire.peer(), bytes = received.data, "arriving");
-        let bits = self.rounds(wire, arriving)?;
+        let bits = self.rounds(wire, arriving, &hello.luggage)?;
         // 3.
         let disk = arriving.disk();
         disk.flush()?;
@@ -337,9 +354,8 @@ impl Destination {
         let verdict = hear(wire)?;
         let (next, answer) = rules::destination(stand(Some(owner.record())), verdict);
         let Next::Become(State::Taken, epoch) = next else {
-            // As if it had come to half only.
-            coming.stays = false;
-            drop(coming);
+            // Durable before it is said. One that cannot go yet is told again.
+            coming.remove()?;
             tracing::info!(container = %name, id = %id, "the move was aborted");
             return self.answer(wire, root, name, id, answer);
         };
@@ -359,7 +375,8 @@ impl Destination {
         };
         // Whoever comes next need not open it again.
         let until = Instant::now() + KEPT;
-        while Instant::now() < until && !self.stopping.load(Ordering::Acquire) {
+        let leaves = || self.disks.leaving().refuse(name).is_err();
+        while Instant::now() < until && !self.stopping.load(Ordering::Acquire) && !leaves() {
             std::thread::sleep(LOOK);
         }
         drop(disk);
@@ -404,15 +421,26 @@ impl Destination {
     }
 
     /// Step 2: takes what comes, up to the last of it. Gives the bits of the trackers.
-    fn rounds(&self, wire: &mut Wire, arriving: &Arriving) -> Result<BTreeMap<Id, Runs>> {
+    fn rounds(
+        &self,
+        wire: &mut Wire,
+        arriving: &Arriving,
+        luggage: &Luggage,
+    ) -> Result<BTreeMap<Id, Runs>> {
         let disk = arriving.disk();
         let whole = disk.disk().top()?.header().size();
+        let known = luggage.trackers.keys().map(|id| Id::parse(id));
+        let known: BTreeSet<Id> = known.collect::<Result<_>>()?;
         let mut bits: BTreeMap<Id, Runs> = BTreeMap::new();
         loop {
             match wire.read()? {
                 Type::Data => {
-                    let offset = wire.number(0)?;
-                    disk.write(offset, &wire.payload()[8..])?;
+                    let (offset, bytes) = (wire.number(0)?, &wire.payload()[8..]);
+                    let end = offset.checked_add(bytes.len() as u64);
+                    if end.is_none_or(|end| end > disk.size()) {
+                        return Err(wire.wrong("data behind the end of the disk"));
+                    }
+                    disk.write(offset, bytes)?;
                 }
                 Type::Zeros => {
                     let (offset, len) = (wire.number(0)?, wire.number(8)?);
@@ -425,7 +453,7 @@ impl Destination {
                     wire.send(Type::Synced, &[])?;
                     wire.flush()?;
                 }
-                Type::Bits => take_bits(wire, whole, &mut bits)?,
+                Type::Bits => take_bits(wire, whole, &known, &mut bits)?,
                 Type::Prepare => return Ok(bits),
                 other => {
                     let what = format!("a frame {other:?} among the data");
@@ -448,7 +476,13 @@ impl Destination {
         let verdict = hear(wire)?;
         let record = moving::record(root, name, id)?;
         let (next, answer) = rules::destination(stand(record.as_ref()), verdict);
-        tracing::info!(container = name, id = %id, ?verdict, ?answer, "a move that was cut ends");
+        match next {
+            // Asked again and again, of a move that somebody has to decide.
+            Next::Stay => tracing::debug!(container = name, id = %id, ?verdict, ?answer, "asked"),
+            _ => {
+                tracing::info!(container = name, id = %id, ?verdict, ?answer, "a move that was cut ends");
+            }
+        }
         let _door = match next {
             Next::Become(State::Given, _) => Some(step_down(&self.disks, &self.connections, name)?),
             _ => None,
@@ -520,23 +554,28 @@ struct Coming<'a> {
     of: &'a Destination,
 }
 
-impl Drop for Coming<'_> {
-    fn drop(&mut self) {
-        // It is closed first: then its lock is free.
-        self.arriving = None;
-        if self.stays {
-            return;
-        }
+impl Coming<'_> {
+    /// Removes it; durable on return.
+    fn remove(&mut self) -> Result<()> {
+        // Nobody is to wait for what does not come.
         if let Some(feed) = self.of.fed().remove(&self.id) {
             feed.end();
         }
-        let removed =
-            moving::record(self.root, self.name, self.id).and_then(|record| match record {
-                Some(_) => enact(self.root, self.name, self.id, Next::Remove),
-                None => Ok(()),
-            });
-        if let Err(e) = removed {
-            tracing::warn!(container = self.name, error = %e, "half of a move stays until the service starts");
+        // It is closed first: then its lock is free.
+        self.arriving = None;
+        match moving::record(self.root, self.name, self.id)? {
+            Some(_) => enact(self.root, self.name, self.id, Next::Remove),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        if !self.stays
+            && let Err(e) = self.remove()
+        {
+            tracing::warn!(container = self.name, error = %e, "half of a move stays until nobody has it open");
         }
     }
 }
@@ -547,13 +586,21 @@ type Runs = Vec<(u64, u64)>;
 /// Bytes of all runs, at most.
 const RUNS_MAX: usize = 256 << 20;
 
-fn take_bits(wire: &Wire, size: u64, all: &mut BTreeMap<Id, Runs>) -> Result<()> {
+fn take_bits(
+    wire: &Wire,
+    size: u64,
+    known: &BTreeSet<Id>,
+    all: &mut BTreeMap<Id, Runs>,
+) -> Result<()> {
     let wrong = || wire.wrong("bits that are none");
     let (id, runs) = wire.payload().split_at_checked(16).ok_or_else(wrong)?;
     let mut bytes = [0; 16];
     bytes.copy_from_slice(id);
     let taken: usize = all.values().map(|r| r.len() * 16).sum();
-    if taken + runs.len() > RUNS_MAX || !runs.len().is_multiple_of(16) {
+    if !known.contains(&Id(bytes))
+        || taken + runs.len() > RUNS_MAX
+        || !runs.len().is_multiple_of(16)
+    {
         return Err(wrong());
     }
     let entry = all.entry(Id(bytes)).or_default();

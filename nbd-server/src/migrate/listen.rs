@@ -1,10 +1,10 @@
 //! Where a service takes containers, and where it ends moves that were cut.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,14 @@ pub struct Arrivals {
 
 /// Containers whose move this process works on: their records are not to be touched.
 #[derive(Clone, Debug, Default)]
-pub struct Leaving(Arc<Mutex<HashSet<String>>>);
+pub struct Leaving(Arc<Book>);
+
+#[derive(Debug, Default)]
+struct Book {
+    /// With a word for it where the work is the end of a move that was cut: that makes way.
+    all: Mutex<HashMap<String, Option<Arc<AtomicBool>>>>,
+    changed: Condvar,
+}
 
 /// A container that leaves, until this is dropped.
 #[derive(Debug)]
@@ -47,24 +54,49 @@ pub struct Left {
 }
 
 impl Leaving {
-    /// The container leaves. Error: `InUse` when it does already.
+    /// The container leaves. Whoever tries to end its last move makes way, and is waited for. Error:
+    /// `InUse` when it leaves already.
     pub fn enter(&self, name: &str) -> Result<Left> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !all.insert(name.to_owned()) {
-            return Err(moves(name));
+        let mut all = self.book();
+        while let Some(work) = all.get(name) {
+            let way = work.as_ref().ok_or_else(|| moves(name))?;
+            way.store(true, Ordering::Release);
+            let waited = self.0.changed.wait(all);
+            all = waited.unwrap_or_else(PoisonError::into_inner);
         }
-        Ok(Left {
-            all: self.clone(),
-            name: name.to_owned(),
-        })
+        all.insert(name.to_owned(), None);
+        drop(all);
+        Ok(self.left(name))
+    }
+
+    /// The last move of the container is to end, unless somebody works on that; set: it makes way.
+    fn end(&self, name: &str) -> Option<(Left, Arc<AtomicBool>)> {
+        let mut all = self.book();
+        if all.contains_key(name) {
+            return None;
+        }
+        let way = Arc::new(AtomicBool::new(false));
+        all.insert(name.to_owned(), Some(way.clone()));
+        drop(all);
+        Some((self.left(name), way))
     }
 
     /// Refuses what a move would miss. Error: `InUse`.
     pub fn refuse(&self, name: &str) -> Result<()> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match all.contains(name) {
-            true => Err(moves(name)),
-            false => Ok(()),
+        match self.book().get(name) {
+            Some(None) => Err(moves(name)),
+            Some(Some(_)) | None => Ok(()),
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<AtomicBool>>>> {
+        self.0.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn left(&self, name: &str) -> Left {
+        Left {
+            all: self.clone(),
+            name: name.to_owned(),
         }
     }
 }
@@ -76,8 +108,8 @@ fn moves(name: &str) -> Error {
 
 impl Drop for Left {
     fn drop(&mut self) {
-        let mut all = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.remove(&self.name);
+        self.all.book().remove(&self.name);
+        self.all.0.changed.notify_all();
     }
 }
 
@@ -138,8 +170,8 @@ impl Arrivals {
         })
     }
 
-    /// Ends the moves that were cut and whose source this service is, now and whenever one is cut;
-    /// `leaving`: not those.
+    /// Ends the moves that were cut, now and whenever one is cut: those whose source this service is by
+    /// asking, except for `leaving`; of those that came to half by removing what came.
     pub fn settle(
         &mut self,
         connections: Connections,
@@ -147,9 +179,11 @@ impl Arrivals {
         leaving: Leaving,
     ) -> Result<()> {
         let (disks, stopping) = (self.disks.clone(), self.stopping.clone());
+        let destination = self.destination.clone();
         self.spawn("moves", move || {
             let mut pause = PAUSE_MIN;
             while !stopping.load(Ordering::Acquire) {
+                destination.clear();
                 pause = match end_all((&disks, &connections), tls.as_ref(), &leaving, &stopping) {
                     true => PAUSE_MIN,
                     false => (pause * 2).min(PAUSE_MAX),
@@ -234,11 +268,12 @@ fn end_all(
         .filter(|(_, r)| rules::verdict(r.state, r.epoch).is_some());
     for (name, _) in sources {
         // Nobody begins to move it meanwhile.
-        let Ok(_left) = leaving.enter(&name) else {
+        let Some((_left, way)) = leaving.end(&name) else {
             continue;
         };
         let said = stopping.clone();
-        let stop: Stop = Arc::new(move || said.load(Ordering::Acquire));
+        let stop: Stop =
+            Arc::new(move || said.load(Ordering::Acquire) || way.load(Ordering::Acquire));
         match settle((disks, connections), &name, tls, stop) {
             Ok(Settled::Here | Settled::There) => {}
             Ok(Settled::InDoubt) => done = false,

@@ -102,7 +102,13 @@ pub fn settle(
         return left(root, container, &record, &mut wire);
     }
     let next = rules::source(stand(Some(&record)), answer);
-    tracing::info!(container, id = %record.id, ?verdict, ?answer, "a move that was cut has ended");
+    match next {
+        // Somebody has to decide; until then it is asked again and again.
+        Next::Stay => tracing::debug!(container, id = %record.id, ?verdict, ?answer, "asked"),
+        _ => {
+            tracing::info!(container, id = %record.id, ?verdict, ?answer, "a move that was cut has ended");
+        }
+    }
     match (record.state, next) {
         // Clients may use it: a record that goes changes nothing for them.
         (State::Offered, Next::Own) => {

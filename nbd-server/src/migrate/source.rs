@@ -374,7 +374,12 @@ impl Source<'_> {
         let told = wire
             .say(Type::Says, &verdict)
             .and_then(|()| answer(wire))
-            .and_then(|_| ploop::owner::remove(self.place.store(), self.place.dir()));
+            .and_then(|answer| {
+                match snapshots::owner::source(Some((State::Offered, BEGUN)), answer) {
+                    Next::Own => ploop::owner::remove(self.place.store(), self.place.dir()),
+                    _ => Err(wire.wrong("an answer that nobody asked for")),
+                }
+            });
         if let Err(e) = told {
             tracing::warn!(container = self.place.shown(), error = %e, "the destination is told later that the move was aborted");
         }
@@ -408,9 +413,11 @@ impl Source<'_> {
             return self.disk.flush();
         }
         // 3.
-        self.converge(wire, way)?;
-        self.watch.freeze()?;
-        self.round(wire, way).map(drop)
+        let rounds = self.converge(wire, way).and_then(|()| {
+            self.watch.freeze()?;
+            self.round(wire, way).map(drop)
+        });
+        rounds.map_err(|e| self.said(wire, e))
     }
 
     /// Tells where an image has data.
@@ -567,11 +574,7 @@ impl Source<'_> {
         }
         wire.send(Type::Sync, &[])?;
         wire.flush()?;
-        wire.expect(Type::Synced)
-            .map_err(|e| match self.watch.cancelled() {
-                true => cancelled(),
-                false => e,
-            })?;
+        wire.expect(Type::Synced)?;
         let seconds = began.elapsed().as_secs_f64().max(0.000_1);
         let left = again.dirty_bytes();
         let sent = wire.bytes() - before;

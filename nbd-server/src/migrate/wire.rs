@@ -335,6 +335,10 @@ impl Wire {
 
     fn lost(&self, e: std::io::Error) -> Error {
         self.broken.set(true);
+        if e.kind() == std::io::ErrorKind::UnexpectedEof {
+            let what = format!("{} closed the link", self.peer);
+            return Error::new(Kind::Io, what);
+        }
         let what = format!("the link to {} broke", self.peer);
         Error::new(Kind::Io, what).caused_by(e)
     }
@@ -507,3 +511,6 @@ impl Read for StreamIn<'_> {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests;

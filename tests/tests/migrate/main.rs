@@ -8,9 +8,16 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+mod damage;
+mod doubt;
+mod killed;
+mod later;
 mod mounted;
 mod moves;
+mod odd;
+mod proxy;
 mod shaped;
+mod sides;
 mod writers;
 
 use std::fs;

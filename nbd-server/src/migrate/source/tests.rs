@@ -1,1 +1,85 @@
+use super::*;
 
+const SIZE: u64 = 64 << 20;
+
+fn dirty(ranges: &[(u64, u64)]) -> Bitmap {
+    let bits = Bitmap::new(SIZE, GRANULE).unwrap();
+    for (start, len) in ranges {
+        bits.set(&(start * GRANULE..(start + len) * GRANULE));
+    }
+    bits
+}
+
+/// Bytes that are set, in their order.
+fn runs(bits: &Bitmap) -> Vec<(u64, u64)> {
+    let set = bits.runs(0..bits.size()).filter(|r| r.1);
+    set.map(|(r, _)| (r.start, r.end - r.start)).collect()
+}
+
+#[test]
+fn what_was_written_is_sent_once_in_pieces_and_the_cold_first() {
+    let bits = dirty(&[(0, 1), (3, 100), (200, 17), (1023, 1)]);
+    let heat: HashMap<u64, u32> = (10..20).map(|g| (g, 3)).chain([(0, 1), (210, 7)]).collect();
+    for heat in [&HashMap::new(), &heat] {
+        let pieces = order(&bits, heat);
+        let warm = |at: u64| heat.get(&(at / GRANULE)).copied().unwrap_or(0);
+        let again = Bitmap::new(SIZE, GRANULE).unwrap();
+        for (start, len) in &pieces {
+            assert!((1..PIECE + GRANULE).contains(len), "{start} {len}");
+            assert!(
+                again.runs(*start..start + len).all(|(_, set)| !set),
+                "twice"
+            );
+            again.set(&(*start..start + len));
+            let granules = (*start..start + len).step_by(GRANULE as usize);
+            assert!(granules.into_iter().all(|g| warm(g) == warm(*start)));
+        }
+        assert_eq!(runs(&again), runs(&bits));
+        assert!(pieces.is_sorted_by_key(|p| warm(p.0)));
+    }
+    assert!(order(&dirty(&[]), &heat).is_empty());
+}
+
+#[test]
+fn what_is_written_in_each_round_grows_warm_and_what_rests_is_cold() {
+    let first = heat(&dirty(&[(1, 2)]), &HashMap::new());
+    assert_eq!(first, HashMap::from([(1, 1), (2, 1)]));
+    let second = heat(&dirty(&[(2, 2)]), &first);
+    assert!(second[&2] > second[&3] && second[&3] == 1);
+    assert!(!second.contains_key(&1));
+}
+
+#[test]
+fn stretches_are_all_of_it_and_zeros_only_where_there_are() {
+    let (block, many) = (BLOCK, ZEROS_MIN / BLOCK);
+    let layouts: [&[(usize, u8)]; 8] = [
+        &[],
+        &[(block, 0)],
+        &[(100, 0)],
+        &[(many * block, 0), (block, 1)],
+        &[(block, 1), ((many - 1) * block, 0), (block, 1)],
+        &[(block, 1), (many * block, 0), (100, 1)],
+        &[(block - 1, 0), (1, 1), (2 * many * block, 0)],
+        &[(many * block, 1), (many * block, 0), (77, 0)],
+    ];
+    for layout in layouts {
+        let parts = layout.iter().map(|(len, byte)| vec![*byte; *len]);
+        let buf: Vec<u8> = parts.flatten().collect();
+        let mut at = 0;
+        let mut last = None;
+        for (len, zeros) in stretches(&buf) {
+            assert!(len > 0 && last != Some(zeros), "{layout:?}");
+            let part = &buf[at..at + len];
+            if zeros {
+                assert!(part.iter().all(|b| *b == 0), "{layout:?}");
+                assert!(len >= ZEROS_MIN.min(buf.len()), "{layout:?}");
+            } else {
+                let mut rest = part.chunks(ZEROS_MIN);
+                assert!(part.len() < ZEROS_MIN || rest.any(|c| c.iter().any(|b| *b != 0)));
+            }
+            at += len;
+            last = Some(zeros);
+        }
+        assert_eq!(at, buf.len(), "{layout:?}");
+    }
+}

@@ -1,0 +1,155 @@
+//! Two services, and who of them has `ct`.
+
+use nbd_server::control::model::JobState;
+use ploop::owner::{self, Record};
+use ploop::store::RealStore;
+use ploop_tests::client::Client;
+use ploop_tests::daemon::Daemon;
+use ploop_tests::mount::wait_for;
+use ploop_tests::store::Rig;
+use ploop_tests::tools::run;
+
+use super::*;
+
+/// A store, and its service while that is there.
+pub(crate) struct Side {
+    pub(crate) rig: Rig,
+    pub(crate) daemon: Option<Daemon>,
+}
+
+impl Side {
+    pub(crate) fn new() -> Side {
+        Side {
+            rig: Rig::new(),
+            daemon: None,
+        }
+    }
+
+    pub(crate) fn start(&mut self) {
+        if self.daemon.is_none() {
+            self.daemon = Some(Daemon::start(&self.rig));
+        }
+    }
+
+    pub(crate) fn kill(&mut self) {
+        if let Some(daemon) = self.daemon.take() {
+            calm(&daemon);
+            daemon.kill();
+        }
+    }
+
+    pub(crate) fn here(&self) -> &Daemon {
+        self.daemon.as_ref().unwrap()
+    }
+
+    /// Its files have the container.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.dir(name).exists()
+    }
+
+    fn dir(&self, name: &str) -> PathBuf {
+        self.rig.root().join("containers").join(name)
+    }
+
+    /// The record of a move, if there is one.
+    pub(crate) fn record(&self) -> Option<Record> {
+        let read = || owner::read(RealStore::shared().as_ref(), &self.dir("ct"));
+        match read() {
+            // Its directory went under our eyes.
+            Err(_) if !self.has("ct") => None,
+            record => record.unwrap(),
+        }
+    }
+
+    /// `none`, `gone`, or the record's state.
+    pub(crate) fn state(&self) -> &'static str {
+        match (self.record(), self.has("ct")) {
+            (Some(record), _) => record.state.name(),
+            (None, true) => "none",
+            (None, false) => "gone",
+        }
+    }
+
+    /// By its files it may be opened for writing.
+    pub(crate) fn owns(&self) -> bool {
+        let there = self.has("ct");
+        match self.record() {
+            Some(record) => record.state.owns(),
+            None => there && self.has("ct"),
+        }
+    }
+
+    /// The service lets a client open it for writing; by the files, where there is no service.
+    pub(crate) fn serves(&self) -> bool {
+        let Some(daemon) = &self.daemon else {
+            return self.owns();
+        };
+        let mut client = Client::connect(daemon.socket());
+        match client.go("ct") {
+            Ok(()) => {
+                // NBD_FLAG_READ_ONLY
+                assert_eq!(client.flags & 2, 0, "it is served for reading");
+                client.disconnect();
+                true
+            }
+            Err((_, why)) => {
+                println!("not served: {why}");
+                false
+            }
+        }
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        if let Some(daemon) = self.daemon.as_ref().filter(|_| std::thread::panicking()) {
+            println!("{}: {}", daemon.socket().display(), daemon.log());
+        }
+    }
+}
+
+/// Its log has no panic in it.
+pub(crate) fn calm(daemon: &Daemon) {
+    let log = daemon.log();
+    assert!(!log.contains("panicked"), "{log}");
+}
+
+/// Never both. The destination is asked first: it has it only after the source has given it up.
+pub(crate) fn look(source: &Side, destination: &Side) {
+    for asks in [Side::owns, Side::serves] {
+        let there = asks(destination);
+        let here = asks(source);
+        assert!(
+            !(here && there),
+            "two owners: {} and {}",
+            source.state(),
+            destination.state()
+        );
+    }
+}
+
+/// With both there, one comes to have it, and nothing is left at the other; whether that is the
+/// destination.
+pub(crate) fn settled(source: &Side, destination: &Side) -> bool {
+    let mut there = false;
+    wait_for("one owner", || {
+        there = destination.owns();
+        match there {
+            true => !source.has("ct"),
+            false => source.state() == "none" && !destination.has("ct"),
+        }
+    });
+    there
+}
+
+/// Moves `ct`, to its end.
+pub(crate) fn moved(from: &Side, to: &str, change: impl FnOnce(&mut Migrate)) {
+    let id = begin(from.here(), to, change);
+    let job: Job = from.here().api().wait(id, |_| ()).unwrap();
+    assert_eq!(job.state, JobState::Done, "{job:?}");
+}
+
+/// Runs `ploop` there; what it said, and how it ended.
+pub(crate) fn says<const N: usize>(side: &Side, args: [&str; N]) -> String {
+    String::from_utf8(run(side.rig.ploop().args(args)).stdout).unwrap()
+}
