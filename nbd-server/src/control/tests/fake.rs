@@ -199,16 +199,16 @@ impl Operations for Fake {
     }
 
     fn migrate(&self, container: &str, request: &Migrate, _: &JobHandle) -> Result<Ended> {
-        known(container)?;
+        check(container)?;
         Ok(Ended::Done(format!("moved to {}", request.to)))
     }
 
     fn migrate_frozen(&self, container: &str) -> Result<()> {
-        known(container)
+        check(container)
     }
 
     fn migrate_resolve(&self, container: &str, _: &Resolve) -> Result<Resolved> {
-        known(container)?;
+        check(container)?;
         Ok(Resolved {
             name: container.to_owned(),
             ..Resolved::default()
