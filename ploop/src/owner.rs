@@ -28,6 +28,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::descriptor::Guid;
 use crate::error::{Error, Kind, Result};
@@ -43,6 +44,9 @@ const MAGIC: &[u8; 8] = b"PLOOPOWN";
 const VERSION: u32 = 1;
 const SUM_AT: usize = SECTOR as usize - 4;
 const PEER_AT: usize = 44;
+/// How often, and after how long, a record that seems damaged is read again.
+const LOOK_AGAIN: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// See the module text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,10 +180,20 @@ pub fn path(dir: &Path) -> PathBuf {
 /// The record of the disk in `dir`; `None` where it does not move. Error: `Corrupt`.
 pub fn read(store: &dyn Store, dir: &Path) -> Result<Option<Record>> {
     let path = path(dir);
-    match store.open(&path, Access::Read) {
-        Err(e) if e.kind() == Kind::NotFound => Ok(None),
-        Err(e) => Err(e),
-        Ok(file) => parse(file.as_ref()).map(Some),
+    let mut again = 0;
+    loop {
+        let read = match store.open(&path, Access::Read) {
+            Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+            file => file.and_then(|file| parse(file.as_ref())),
+        };
+        match read {
+            // It is written in place, and whoever reads meanwhile may see half of either state.
+            Err(e) if e.kind() == Kind::Corrupt && again < LOOK_AGAIN => {
+                again += 1;
+                std::thread::sleep(PAUSE);
+            }
+            read => return read.map(Some),
+        }
     }
 }
 

@@ -114,6 +114,7 @@ fn either_side_may_be_killed_at_any_time() {
         let holder = holder;
         for round in 0..env("PLOOP_KILLS", 6) {
             let (from, to) = (at, 1 - at);
+            assert!(!writer.is_finished(), "{}", holder.log());
             under_way(&sides[from], &sides[to], &holder, &mut rng);
             let victims: &[usize] = match round % 4 {
                 0 => &[from],
@@ -127,16 +128,20 @@ fn either_side_may_be_killed_at_any_time() {
                 pause(Duration::from_micros(rng.below(3_000)));
             }
             let left = (sides[from].state(), sides[to].state());
+            // Its clients wait where it is, or will be: a side that drops what it has would end them.
+            match victims.contains(&from) {
+                true => {
+                    let has = [to, from][usize::from(sides[from].owns())];
+                    holder.move_to(&nbd(&sides[has].rig));
+                }
+                false => wait_for("the end of the job", || {
+                    look(&sides[from], &sides[to]);
+                    sides[from].here().jobs().iter().all(|j| j.state.is_over())
+                }),
+            }
             for victim in victims {
                 sides[*victim].start();
                 look(&sides[from], &sides[to]);
-            }
-            // Its holder is its own again when its job is over.
-            if !victims.contains(&from) {
-                wait_for("the end of the job", || {
-                    look(&sides[from], &sides[to]);
-                    sides[from].here().jobs().iter().all(|j| j.state.is_over())
-                });
             }
             if settled(&sides[from], &sides[to]) {
                 at = to;

@@ -84,8 +84,16 @@ impl Side {
         let Some(daemon) = &self.daemon else {
             return self.owns();
         };
-        let mut client = Client::connect(daemon.socket());
-        match client.go("ct") {
+        // One that is cut in the middle of its question is not served, either.
+        let asked = std::panic::catch_unwind(|| {
+            let mut client = Client::connect(daemon.socket());
+            let answer = client.go("ct");
+            (client, answer)
+        });
+        let Ok((client, answer)) = asked else {
+            return false;
+        };
+        match answer {
             Ok(()) => {
                 // NBD_FLAG_READ_ONLY
                 assert_eq!(client.flags & 2, 0, "it is served for reading");
