@@ -211,7 +211,7 @@ fn crc(parts: &[&[u8]]) -> u32 {
     for byte in parts.iter().flat_map(|p| p.iter()) {
         sum ^= u32::from(*byte);
         for _ in 0..8 {
-            sum = sum >> 1 ^ (sum & 1) * 0xEDB8_8320;
+            sum = (sum >> 1) ^ ((sum & 1) * 0xEDB8_8320);
         }
     }
     !sum

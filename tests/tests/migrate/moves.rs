@@ -36,7 +36,7 @@ fn a_container_moves_with_all_that_it_has_and_comes_back() {
     a.run(["tracker", "start", "ct", "nightly"]);
     client.write(3 * GRANULE, &[2; 8192]);
     take(&here.api(), "ct", "second");
-    client.write(5 << 20, &[3; 70_000]);
+    client.write(5 << 20, &vec![3; 70_000]);
     client.flush();
     client.disconnect();
     a.run(["set", "ct", "--quota", "64M", "--iops", "10000"]);
