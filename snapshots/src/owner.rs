@@ -32,6 +32,9 @@ pub const TAKEN: u64 = 2;
 /// The epoch of one that was taken because somebody decided that.
 pub const DECIDED: u64 = 3;
 
+/// The epoch of one that has left and whose files stay: nothing more is said of it.
+pub const KEPT: u64 = 4;
+
 /// How far a side is: its state and epoch. `None`: it has no record of the move.
 pub type Stand = Option<(State, u64)>;
 
@@ -84,6 +87,7 @@ impl Next {
 /// What a source says that comes back, or whose link was lost; `None`: it is no source.
 pub fn verdict(state: State, epoch: u64) -> Option<Verdict> {
     match state {
+        State::Given if epoch == KEPT => None,
         State::Offered => Some(Verdict::Aborted(epoch)),
         State::Given => Some(Verdict::Given),
         State::Arriving | State::Ready | State::Taken => None,

@@ -22,7 +22,9 @@ pub(super) enum Failed {
     Lost(io::Error),
     /// It does not serve the export now.
     Refused(String),
-    /// It has no such export, has another one, or breaks the protocol: trying again is no use.
+    /// It has no such export.
+    Gone(String),
+    /// It has another one, or breaks the protocol: trying again is no use.
     Ended(String),
 }
 
@@ -334,7 +336,7 @@ fn refused(answers: &[Answer]) -> Result<(), Failed> {
     match last.kind {
         answer::ACK => Ok(()),
         // It is up and knows its exports: nobody waits for one that is not there.
-        answer::ERR_UNKNOWN => Err(Failed::Ended(format!(
+        answer::ERR_UNKNOWN => Err(Failed::Gone(format!(
             "the server has no such export any more: {}",
             last.text()
         ))),

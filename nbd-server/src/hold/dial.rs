@@ -1,6 +1,7 @@
 //! Reaching servers, as often as it takes.
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -13,13 +14,21 @@ pub(super) const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long a server may take for a connection and what is said at first, before another is tried.
 pub(super) const HANDSHAKE: Duration = Duration::from_secs(60);
 
+/// How long after a move a server that has no such export is not believed.
+const SETTLES: Duration = Duration::from_secs(60);
+
 /// Reaches servers.
 #[derive(Clone, Debug)]
 pub(super) struct Dialer {
     pub(super) to: watch::Receiver<Address>,
     /// How long a client waits for a server; `None`: for ever.
     pub(super) patience: Option<Duration>,
+    /// When the server became another one.
+    pub(super) moved: Moved,
 }
+
+/// When the server became another one, if it did.
+pub(super) type Moved = Arc<Mutex<Option<Instant>>>;
 
 /// Asks one server; says in the log, once, that it is not there.
 struct Tries {
@@ -43,6 +52,11 @@ impl Dialer {
             .unwrap_or(Err(late))
     }
 
+    fn moved_lately(&self) -> bool {
+        let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.is_some_and(|at| at.elapsed() < SETTLES)
+    }
+
     async fn tries<T>(&self, greet: impl AsyncFn(Line) -> Result<T, Failed>) -> Result<T, String> {
         let mut tries = Tries {
             pause: PAUSE_MIN,
@@ -62,7 +76,9 @@ impl Dialer {
                 // told again that it was left.
                 Ok(Ok(_)) if to.has_changed().unwrap_or(false) => continue,
                 Ok(Ok(found)) => return Ok(found),
-                Ok(Err(Failed::Ended(why))) => return Err(why),
+                // The disk is on its way there, or comes back.
+                Ok(Err(Failed::Gone(why))) if self.moved_lately() => tries.say(&address, &why),
+                Ok(Err(Failed::Gone(why) | Failed::Ended(why))) => return Err(why),
                 Ok(Err(Failed::Lost(e))) => tries.say(&address, &e.to_string()),
                 Ok(Err(Failed::Refused(why))) => tries.say(&address, &why),
                 Err(_) => tries.say(&address, "it does not answer"),
@@ -106,6 +122,7 @@ mod tests {
                 let dialer = Dialer {
                     to: moves.subscribe(),
                     patience: None,
+                    moved: Moved::default(),
                 };
                 let found = dialer.until_there(async |_| {
                     let at = moves.borrow().clone();

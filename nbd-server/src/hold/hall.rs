@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
-use crate::hold::dial::Dialer;
+use crate::hold::dial::{Dialer, Moved};
 use crate::hold::line::Address;
 use crate::hold::model::{Export, Status};
 use crate::hold::terms::Terms;
@@ -61,6 +61,7 @@ pub(super) struct Hall {
     buffer: usize,
     patience: Option<Duration>,
     to: watch::Sender<Address>,
+    moved: Moved,
     stop: watch::Sender<bool>,
 }
 
@@ -71,6 +72,7 @@ impl Hall {
             buffer,
             patience,
             to: watch::Sender::new(to),
+            moved: Moved::default(),
             stop: watch::Sender::new(false),
         }
     }
@@ -79,6 +81,7 @@ impl Hall {
         Dialer {
             to: self.to.subscribe(),
             patience: self.patience,
+            moved: self.moved.clone(),
         }
     }
 
@@ -94,6 +97,7 @@ impl Hall {
     /// The server is there from now on.
     pub(super) fn move_to(&self, to: Address) {
         tracing::info!(server = %to, "moving");
+        *lock(&self.moved) = Some(Instant::now());
         self.to.send_replace(to);
     }
 

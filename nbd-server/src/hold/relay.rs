@@ -221,7 +221,9 @@ impl Relay<'_> {
             match self.server.ask(option, data).await {
                 Ok(answers) => return Ok(answers),
                 Err(Failed::Lost(_)) => self.replace().await?,
-                Err(Failed::Refused(why) | Failed::Ended(why)) => return Err(why),
+                Err(Failed::Refused(why) | Failed::Gone(why) | Failed::Ended(why)) => {
+                    return Err(why);
+                }
             }
         }
     }
@@ -309,7 +311,9 @@ impl Relay<'_> {
             match both.await {
                 Ok(done) => break done,
                 Err(Failed::Lost(_)) => self.replace().await?,
-                Err(Failed::Refused(why) | Failed::Ended(why)) => return Err(why),
+                Err(Failed::Refused(why) | Failed::Gone(why) | Failed::Ended(why)) => {
+                    return Err(why);
+                }
             }
         };
         let mut out = Vec::new();

@@ -8,6 +8,8 @@
 //! A link that breaks before 3, and a crash, leave nothing of it. Between 3 and 4 the source says how
 //! the move ends, on another link; nobody may open the container before that.
 
+mod came;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,13 +22,14 @@ use ploop::device::{Device, ZeroMode};
 use ploop::error::{Error, Kind, Result};
 use ploop::owner::{Owner, Record, State};
 use ploop::store::arriving::ArrivingStore;
-use ploop::tracker::bitmap::Bitmap;
-use ploop::tracker::{Id, Tracker};
+use ploop::tracker::Id;
 use snapshots::moving::{self, Luggage, enact, later, stand};
 use snapshots::owner::{self as rules, Answer, BEGUN, Next, Verdict};
 use snapshots::place::Place;
 use snapshots::stream::{self, ReceiveOptions};
 use snapshots::{Root, name};
+
+use came::{Runs, lay_out, take_bits, trackers};
 
 use super::feed::{self, Feed};
 use super::link::{Link, Stop};
@@ -496,42 +499,6 @@ impl Destination {
     }
 }
 
-/// Images whose data comes later, as the source tells of them, up to the last.
-fn lay_out(wire: &mut Wire, place: &Place<'_>) -> Result<()> {
-    let mut told: BTreeMap<Guid, Runs> = BTreeMap::new();
-    loop {
-        let kind = wire.read()?;
-        match kind {
-            Type::Later => {
-                let wrong = || wire.wrong("an image that is none");
-                let (image, runs) = wire.payload().split_first_chunk::<16>().ok_or_else(wrong)?;
-                let taken: usize = told.values().map(|r| r.len() * 16).sum();
-                if taken + runs.len() > RUNS_MAX || !runs.len().is_multiple_of(16) {
-                    return Err(wrong());
-                }
-                let all = told.entry(Guid::from_bytes(*image)).or_default();
-                for at in (16..16 + runs.len()).step_by(16) {
-                    all.push((wire.number(at)?, wire.number(at + 8)?));
-                }
-            }
-            Type::Sync | Type::Open => {
-                for (image, runs) in std::mem::take(&mut told) {
-                    later::lay_out(place, image, &runs)?;
-                }
-                if kind == Type::Open {
-                    return Ok(());
-                }
-                wire.send(Type::Synced, &[])?;
-                wire.flush()?;
-            }
-            other => {
-                let what = format!("a frame {other:?} among the images");
-                return Err(wire.wrong(&what));
-            }
-        }
-    }
-}
-
 fn hear(wire: &mut Wire) -> Result<Verdict> {
     wire.expect(Type::Says)?;
     Ok(Verdict::from(wire.record::<Said>()?))
@@ -578,54 +545,4 @@ impl Drop for Coming<'_> {
             tracing::warn!(container = self.name, error = %e, "half of a move stays until nobody has it open");
         }
     }
-}
-
-/// Bits of one tracker, as they came.
-type Runs = Vec<(u64, u64)>;
-
-/// Bytes of all runs, at most.
-const RUNS_MAX: usize = 256 << 20;
-
-fn take_bits(
-    wire: &Wire,
-    size: u64,
-    known: &BTreeSet<Id>,
-    all: &mut BTreeMap<Id, Runs>,
-) -> Result<()> {
-    let wrong = || wire.wrong("bits that are none");
-    let (id, runs) = wire.payload().split_at_checked(16).ok_or_else(wrong)?;
-    let mut bytes = [0; 16];
-    bytes.copy_from_slice(id);
-    let taken: usize = all.values().map(|r| r.len() * 16).sum();
-    if !known.contains(&Id(bytes))
-        || taken + runs.len() > RUNS_MAX
-        || !runs.len().is_multiple_of(16)
-    {
-        return Err(wrong());
-    }
-    let entry = all.entry(Id(bytes)).or_default();
-    for at in (16..16 + runs.len()).step_by(16) {
-        let (offset, len) = (wire.number(at)?, wire.number(at + 8)?);
-        if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(wrong());
-        }
-        entry.push((offset, len));
-    }
-    Ok(())
-}
-
-/// The trackers of a disk of `size` bytes with the bits that came; error where one of them has none.
-fn trackers(luggage: &Luggage, mut bits: BTreeMap<Id, Runs>, size: u64) -> Result<Vec<Tracker>> {
-    let mut all = Vec::new();
-    for (id, known) in &luggage.trackers {
-        let id = Id::parse(id)?;
-        let none = || Error::corrupt(format!("of the tracker {} no bits came", known.name));
-        let runs = bits.remove(&id).ok_or_else(none)?;
-        let bitmap = Bitmap::new(size, known.granularity)?;
-        for (offset, len) in runs {
-            bitmap.set(&(offset..offset + len));
-        }
-        all.push(Tracker::with(id, bitmap));
-    }
-    Ok(all)
 }

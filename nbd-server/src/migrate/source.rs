@@ -19,9 +19,11 @@
 //! Until 6 an error, or a word, ends the move: requests go on here. From 6 on the disk is not opened
 //! here any more; where the destination does not answer, it is told when the service next reaches it.
 
+mod pieces;
+mod terms;
+
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ploop::descriptor::Guid;
@@ -32,33 +34,28 @@ use ploop::owner::{Owner, Record, State};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
 use snapshots::moving::{self, Luggage, later};
-use snapshots::owner::{Answer, BEGUN, Next, Verdict};
+use snapshots::owner::{Answer, BEGUN, KEPT, Next, Verdict};
 use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot};
 use snapshots::stream;
 
+pub use terms::{Deadline, Failed, Holder, Moved, Options, Progress, Watch};
+
+use pieces::{bits, heat, order, stretches};
+
 use super::feed::feed;
 use super::link::Link;
 use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
-use crate::control::Client;
-use crate::control::client::resource;
 use crate::export::Lives;
 use crate::export::disks::{Disks, Door, OpenDisk};
-use crate::hold::model::{Move, Status};
 use crate::serve::Connections;
 
 /// Bytes that a bit of the move's tracker stands for: what is written in small is sent in small.
 const GRANULE: u64 = 4096;
-/// Bytes of which it is remembered how often they were written.
-const REGION: u64 = 64 << 10;
 /// Bytes that are read, and sent in a frame, at once.
 const PIECE: u64 = 1 << 20;
 /// Bytes of a frame that tells of runs.
 const RUNS: usize = 512 << 10;
-/// Blocks that are looked at for zeros.
-const BLOCK: usize = 4096;
-/// Zeros that are sent as such; fewer cost less as bytes than as a request.
-const ZEROS_MIN: usize = 16 << 10;
 /// For clients to let go of the disk.
 const LET_GO: Duration = Duration::from_secs(30);
 /// How long the hand-over may take, beside the downtime that was asked for; clients wait for it.
@@ -69,90 +66,6 @@ const TAKE_BACK: Duration = Duration::from_secs(3);
 const STUBBORN: u32 = 2;
 /// Clients are let write as many bytes per second at least.
 const BRAKE_MIN: u64 = 256 << 10;
-
-/// What is asked of a move.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// What the container is to be called at the destination.
-    pub name: String,
-    /// How long clients may wait at the hand-over.
-    pub downtime: Duration,
-    /// The holder of the clients, which is sent to the destination.
-    pub holder: Option<Holder>,
-    /// The disk's files stay here; nobody opens them.
-    pub keep: bool,
-    /// The destination takes it at once; its data follows.
-    pub later: bool,
-    /// Whether clients may be slowed down where they write faster than can be sent.
-    pub brake: bool,
-}
-
-/// Who has the clients' sockets (`ploop hold`).
-#[derive(Clone, Debug)]
-pub struct Holder {
-    /// Its control socket.
-    pub control: PathBuf,
-    /// Where it finds the disk at the destination.
-    pub to: String,
-}
-
-/// Where a move is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// 0: the tree; then the rounds.
-    pub round: u32,
-    /// Bytes of the disk that were sent.
-    pub sent: u64,
-    /// Bytes that are still to be sent, as far as is known.
-    pub left: u64,
-    /// Bytes per second that are sent.
-    pub rate: u64,
-    /// Bytes per second that are written.
-    pub dirty_rate: u64,
-    /// Bytes per second that clients are let write; 0: as many as they like.
-    pub brake: u64,
-}
-
-/// Who watches a move, and steers it.
-pub trait Watch: Sync {
-    /// True when it is to end.
-    fn cancelled(&self) -> bool;
-    /// So many bytes more were sent: may sleep to hold a rate.
-    fn pace(&self, bytes: u64);
-    /// Where it is.
-    fn progress(&self, progress: Progress);
-    /// Before the last rounds: whoever is inside makes the disk's content consistent, and keeps it so
-    /// until the move has ended. An error ends it.
-    fn freeze(&self) -> Result<()>;
-    /// The destination has it; its data follows.
-    fn fed(&self);
-}
-
-/// What a move came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Moved {
-    /// Rounds after the tree.
-    pub rounds: u32,
-    /// Bytes that went over the link.
-    pub bytes: u64,
-    /// Bytes of data of the tree: what had to move in any case.
-    pub data: u64,
-    /// Bytes of the granules that were written since: once each, they had to move, too.
-    pub written: u64,
-    /// From the first request that was held back until the destination had the disk, in seconds.
-    pub gap: f64,
-    /// Bytes that were sent in that time.
-    pub last: u64,
-}
-
-/// How a move ended that did not come to its end.
-#[derive(Debug)]
-pub enum Failed {
-    /// The disk is here, and its clients go on.
-    Here(Error),
-    /// It was given, and the destination has not said that it has it.
-    Given(Error),
-}
 
 /// A container on its way.
 pub struct Source<'a> {
@@ -195,24 +108,6 @@ struct Way {
     written: Bitmap,
     /// Of a move whose data follows: the node that what is written until the hand-over becomes.
     last: Guid,
-}
-
-/// Until when what is under way may take; the move's own end is its watch's.
-#[derive(Debug, Default)]
-pub struct Deadline(Mutex<Option<Instant>>);
-
-impl Deadline {
-    fn set(&self, from_now: Option<Duration>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
-            from_now.map(|d| Instant::now() + d);
-    }
-
-    /// Whether the link is to break, of a move that `cancelled` says is to end: in the hand-over it does
-    /// not, but that takes no longer than this.
-    pub fn is_over(&self, cancelled: bool) -> bool {
-        let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        until.map_or(cancelled, |until| Instant::now() >= until)
-    }
 }
 
 impl Source<'_> {
@@ -332,8 +227,12 @@ impl Source<'_> {
         drop(self);
         // Whoever else looked at it lets go.
         disks.wait_closed(door, LET_GO);
-        if let (Some(root), false) = (root, keep)
-            && let Err(e) = moving::enact(root, &name, id, Next::Remove)
+        let next = match keep {
+            true => Next::Become(State::Given, KEPT),
+            false => Next::Remove,
+        };
+        if let Some(root) = root
+            && let Err(e) = moving::enact(root, &name, id, next)
         {
             tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
             return;
@@ -356,10 +255,11 @@ impl Source<'_> {
     fn close(&self) {
         self.disk.leave_life();
         let ended = self.connections.end_where(|e| self.is_of(e), LET_GO);
-        if let Err(e) = ended {
-            tracing::warn!(error = %e, "clients of a disk that has left stay connected");
+        match ended {
+            Ok(_) => self.disk.gate().resume(),
+            // What they wait for is never answered here.
+            Err(e) => tracing::warn!(error = %e, "clients of a disk that has left stay connected"),
         }
-        self.disk.gate().resume();
     }
 
     /// The container's own export, and its snapshots'.
@@ -696,99 +596,6 @@ fn cancelled() -> Error {
 pub(super) fn answer(wire: &mut Wire) -> Result<Answer> {
     wire.expect(Type::Answer)?;
     Ok(Answer::from(wire.record::<Answered>()?))
-}
-
-fn bits(wire: &mut Wire, id: Id, bits: &Bitmap) -> Result<()> {
-    let mut runs = Vec::new();
-    let mut set = bits.runs(0..bits.size()).filter(|r| r.1).peekable();
-    // One frame at least: it says that the tracker came.
-    loop {
-        while runs.len() < 512 << 10
-            && let Some((range, _)) = set.next()
-        {
-            runs.extend(range.start.to_le_bytes());
-            runs.extend((range.end - range.start).to_le_bytes());
-        }
-        wire.send(Type::Bits, &[&id.0, &runs])?;
-        runs.clear();
-        if set.peek().is_none() {
-            return Ok(());
-        }
-    }
-}
-
-/// The pieces of what was written, in the order in which they are sent: what was written in the fewest
-/// rounds first.
-fn order(dirty: &Bitmap, heat: &HashMap<u64, u32>) -> Vec<(u64, u64)> {
-    let mut pieces: Vec<(u32, u64, u64)> = Vec::new();
-    let runs = dirty.runs(0..dirty.size()).filter(|r| r.1);
-    for (range, _) in runs {
-        let mut at = range.start;
-        while at < range.end {
-            let end = ((at / REGION + 1) * REGION).min(range.end);
-            let warm = heat.get(&(at / REGION)).copied().unwrap_or(0);
-            match pieces.last_mut() {
-                Some((h, start, sum))
-                    if *h == warm && *start + *sum == at && *sum + (end - at) <= PIECE =>
-                {
-                    *sum += end - at;
-                }
-                _ => pieces.push((warm, at, end - at)),
-            }
-            at = end;
-        }
-    }
-    pieces.sort_by_key(|p| p.0);
-    pieces
-        .into_iter()
-        .map(|(_, start, len)| (start, len))
-        .collect()
-}
-
-fn heat(dirty: &Bitmap, before: &HashMap<u64, u32>) -> HashMap<u64, u32> {
-    let mut heat = HashMap::new();
-    for (range, _) in dirty.runs(0..dirty.size()).filter(|r| r.1) {
-        for region in range.start / REGION..range.end.div_ceil(REGION) {
-            heat.insert(region, before.get(&region).map_or(1, |w| w + 1));
-        }
-    }
-    heat
-}
-
-/// Stretches of bytes, and of zeros that are worth saying so.
-fn stretches(buf: &[u8]) -> Vec<(usize, bool)> {
-    let mut out: Vec<(usize, bool)> = Vec::new();
-    for block in buf.chunks(BLOCK) {
-        let zeros = block.iter().all(|b| *b == 0);
-        match out.last_mut() {
-            Some((len, z)) if *z == zeros => *len += block.len(),
-            _ => out.push((block.len(), zeros)),
-        }
-    }
-    let mut joined: Vec<(usize, bool)> = Vec::new();
-    for (len, zeros) in out {
-        let zeros = zeros && len >= ZEROS_MIN.min(buf.len());
-        match joined.last_mut() {
-            Some((l, z)) if *z == zeros => *l += len,
-            _ => joined.push((len, zeros)),
-        }
-    }
-    joined
-}
-
-impl Holder {
-    /// Where it is now.
-    fn now(&self) -> Result<String> {
-        let status: Status = Client::connect(&self.control)?.get(&resource(&["holder"]))?;
-        Ok(status.to)
-    }
-
-    fn send(&self, to: &str) -> Result<()> {
-        let to = Move { to: to.to_owned() };
-        let client = Client::connect(&self.control)?;
-        let _: Status = client.post(&resource(&["holder", "to"]), &to)?;
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -299,3 +299,22 @@ fn what_is_frozen_for_a_move_is_thawed() {
     bytes[8192..12288].fill(b'f');
     assert!(content(&there, "ct") == bytes);
 }
+
+/// Goal: who asks for it has the files of what moved, and nobody takes them for the container.
+#[test]
+fn what_is_kept_is_not_opened() {
+    let (a, b) = (Rig::new(), Rig::new());
+    let bytes = store(&a);
+    let (here, there) = (Daemon::start(&a), Daemon::start(&b));
+    a.run(["migrate", "ct", &address(&b), "--keep"]);
+    assert!(content(&there, "ct") == bytes);
+    a.refused(5, ["snapshot", "create", "ct"], &["was given"]);
+    a.refused(5, ["rm", "ct"], &["was given"]);
+    here.stop();
+    let _here = Daemon::start(&a);
+    a.refused(5, ["snapshot", "create", "ct"], &["was given"]);
+    let given = a.json(["migrate", "ct", "--resolve", "give", "--json"]);
+    assert_eq!(given["owned"], false);
+    a.refused(3, ["info", "ct"], &["ct"]);
+    assert!(content(&there, "ct") == bytes);
+}

@@ -1,3 +1,4 @@
+use super::pieces::{BLOCK, ZEROS_MIN};
 use super::*;
 
 const SIZE: u64 = 64 << 20;
