@@ -10,6 +10,7 @@ use ploop::descriptor::Guid;
 use ploop::error::{Error, Kind, Result};
 use ploop::owner::{self, Owner, Record, State};
 use ploop::store::Store;
+use ploop::store::arriving::Missing;
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::check_granularity;
 use serde::{Deserialize, Serialize};
@@ -89,17 +90,24 @@ pub struct Unended {
     pub epoch: u64,
     /// Where the other side is.
     pub peer: String,
+    /// Bytes that are still to come from there: until then the container needs it.
+    pub missing: u64,
 }
 
 impl Unended {
     /// That of the disk in `dir`. Error: `Corrupt`.
     pub fn of(store: &dyn Store, dir: &Path) -> Result<Option<Unended>> {
-        let record = owner::read(store, dir)?;
-        Ok(record.map(|r| Unended {
-            state: r.state.name(),
-            id: r.id.to_string(),
-            epoch: r.epoch,
-            peer: r.peer,
+        let Some(record) = owner::read(store, dir)? else {
+            return Ok(None);
+        };
+        let images = Missing::images(store, dir)?;
+        let missing = images.iter().map(|path| Missing::bytes(store, path));
+        Ok(Some(Unended {
+            state: record.state.name(),
+            id: record.id.to_string(),
+            epoch: record.epoch,
+            peer: record.peer,
+            missing: missing.sum::<Result<u64>>()?,
         }))
     }
 }
@@ -146,6 +154,23 @@ pub fn enact(root: &Root, name: &str, id: Guid, next: Next) -> Result<()> {
     remove::remove_moved(root, name)
 }
 
+/// Refuses a container that came, and of which some is still to come. Error: `InUse`.
+pub fn refuse_missing(store: &dyn Store, dir: &Path, name: &str) -> Result<()> {
+    match Unended::of(store, dir)? {
+        Some(m) if m.missing > 0 => {
+            let what = format!(
+                "{} bytes of {name} are still to come from {}: it needs that service until then",
+                m.missing, m.peer
+            );
+            Err(Error::new(Kind::InUse, what).on(dir).fix(
+                "See that it runs, and reaches this one. If it is gone for good, only what has come is \
+                 here: ploop rm removes it",
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What [`decide`] came to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Decided {
@@ -178,6 +203,9 @@ pub fn decide(root: &Root, name: &str, decision: Decision) -> Result<Decided> {
         record => record?,
     };
     let at = stand(record.as_ref());
+    if decision == Decision::Take {
+        refuse_missing(root.store(), &dir, name)?;
+    }
     let (next, lost) =
         resolve(at, decision).map_err(|why| Error::invalid(format!("{name}: {why}")).on(&dir))?;
     let Some(record) = record else {

@@ -69,7 +69,14 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
         Some(Ok(Some(m))) => line(format!(
             "move      {} (epoch {}), to or from {}: {}",
             m.state, m.epoch, m.peer, m.id
-        ))?,
+        ))
+        .and_then(|()| match m.missing {
+            0 => Ok(()),
+            missing => line(format!(
+                "missing   {}: it needs that service until they have come",
+                size(missing)
+            )),
+        })?,
         Some(Err(e)) => line(format!("move      {e}"))?,
         _ => {}
     }

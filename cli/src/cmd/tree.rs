@@ -372,7 +372,18 @@ pub(crate) fn jobs(root: &Path, j: &args::JobsArgs) -> Result<()> {
             0 => size(j.done),
             total => format!("{} of {}", size(j.done), size(total)),
         };
-        let text = j.error.map(|e| e.text).or(j.message).unwrap_or(j.what);
+        let moves = j.migration.filter(|_| !j.state.is_over()).map(|m| {
+            let (left, dirty) = (size(m.left), size(m.dirty_rate));
+            let ends = m
+                .expected
+                .map_or("no end in sight".to_owned(), |s| format!("{s:.0} s"));
+            format!(
+                "{}: round {}, {left} left, {dirty}/s written, {ends}",
+                j.what, m.round
+            )
+        });
+        let said = j.error.map(|e| e.text).or(j.message).or(moves);
+        let text = said.unwrap_or(j.what);
         vec![
             j.id.to_string(),
             j.kind,

@@ -336,6 +336,9 @@ pub struct UnendedMove {
     pub epoch: u64,
     /// Where the other side is.
     pub peer: String,
+    /// Bytes that are still to come from there: until then the container needs it.
+    #[serde(default)]
+    pub missing: u64,
 }
 
 impl From<snapshots::moving::Unended> for UnendedMove {
@@ -345,6 +348,7 @@ impl From<snapshots::moving::Unended> for UnendedMove {
             id: m.id,
             epoch: m.epoch,
             peer: m.peer,
+            missing: m.missing,
         }
     }
 }

@@ -122,12 +122,17 @@ impl Destination {
             if !matches!(record.state, State::Taken | State::Ready) {
                 continue;
             }
-            let place = Place::container(root, &name)?;
-            if later::missing(&place)?.is_empty() {
-                continue;
+            let begun = Place::container(root, &name).and_then(|place| {
+                if later::missing(&place)?.is_empty() {
+                    return Ok(());
+                }
+                tracing::info!(container = name, id = %record.id, "some of it is still to come");
+                self.begin_feed(&place, &name, record.id).map(drop)
+            });
+            // One that is damaged does not keep the others from being served.
+            if let Err(e) = begun {
+                tracing::error!(container = name, error = %e, "what it lacks does not come");
             }
-            tracing::info!(container = name, id = %record.id, "some of it is still to come");
-            self.begin_feed(&place, &name, record.id)?;
         }
         Ok(())
     }

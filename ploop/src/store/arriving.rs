@@ -113,24 +113,27 @@ impl Missing {
     /// Refuses an image that lacks bytes, for who does not fetch them. Errors: `InUse`, with what to
     /// do; `Corrupt` where the record cannot be read.
     pub fn refuse(store: &dyn Store, path: &Path) -> Result<()> {
-        if !Missing::is_there(store, path)? {
+        let missing = match Missing::is_there(store, path)? {
+            true => Missing::bytes(store, path)?,
+            false => 0,
+        };
+        if missing == 0 {
             return Ok(());
         }
+        let what = format!("some of the image's bytes have not arrived ({missing} are missing)");
+        Err(Error::new(Kind::InUse, what).on(path).fix(
+            "They come from the service that the container was moved from: run the one it was moved \
+             to (ploopd), and see that it reaches that",
+        ))
+    }
+
+    /// Bytes that the image at `path` lacks, in whole granules, as its record says; 0 for one that has
+    /// none. Error: `Corrupt`.
+    pub fn bytes(store: &dyn Store, path: &Path) -> Result<u64> {
         let len = store.open(path, Access::Read)?.len()?;
-        match Side::open(store, path, len, Access::Read)? {
-            Some((_, missing)) if missing.count() > 0 => {
-                let what = format!(
-                    "some of the image's bytes have not arrived ({} are missing)",
-                    missing.count() * GRANULE
-                );
-                Err(Error::new(Kind::InUse, what).on(path).fix(
-                    "They come from the service that the container was moved from: run the one it \
-                     was moved to (ploopd), and see that it reaches that",
-                ))
-            }
-            // It ended just now, or was cut right before.
-            _ => Ok(()),
-        }
+        let side = Side::open(store, path, len, Access::Read)?;
+        // None: it ended just now, or was cut right before.
+        Ok(side.map_or(0, |(_, missing)| missing.count() * GRANULE))
     }
 }
 

@@ -94,13 +94,32 @@ fn what_has_not_arrived_is_waited_for() {
     let said = job.unwrap_err().to_string();
     assert!(said.contains("was given"), "{said}");
     a.refused(5, ["snapshot", "create", "ct"], &["was given"]);
-    // Written over what has not arrived, and beside it in the same cluster.
+    // Snapshots need nothing that is not there.
     let mut client = there.open("ct");
+    client.write(4 << 20, &vec![8; 1 << 20]);
+    bytes[4 << 20..][..1 << 20].fill(8);
+    b.run(["snapshot", "create", "ct", "--name", "meanwhile"]);
+    // Written over what has not arrived, and beside it in the same cluster.
     client.write(1 << 20, &[7; 4096]);
     bytes[1 << 20..][..4096].fill(7);
     client.flush();
     let shown = b.json(["info", "ct", "--json"]);
     assert_eq!(shown["move"]["state"], "taken", "{shown}");
+    // It says what it depends on.
+    assert!(
+        shown["move"]["missing"].as_u64().unwrap() > SIZE / 2,
+        "{shown}"
+    );
+    let text = b.run(["info", "ct"]);
+    assert!(text.contains("needs that service"), "{text}");
+    // Nor is that forgotten by a decision, or by a move.
+    let take = ["migrate", "ct", "--resolve", "take"];
+    b.refused(5, take, &["still to come"]);
+    b.refused(
+        5,
+        ["migrate", "ct", &address(&a), "--as", "on"],
+        &["still to come"],
+    );
     there.kill();
     here.kill();
     drop(client);

@@ -42,6 +42,10 @@ impl Steward {
             return Ok(Ended::Cancelled);
         };
         let _leaving = self.disks().leaving().enter(container)?;
+        {
+            let place = self.disks().place(container)?;
+            moving::refuse_missing(place.store(), place.dir(), container)?;
+        }
         self.end_last(container, job)?;
         for done in backup::pending(&self.disks().place(container)?)? {
             if done.done {

@@ -1,4 +1,4 @@
-use super::pieces::{BLOCK, ZEROS_MIN};
+use super::pieces::{BLOCK, REGION, ZEROS_MIN};
 use super::*;
 
 const SIZE: u64 = 64 << 20;
@@ -20,13 +20,13 @@ fn runs(bits: &Bitmap) -> Vec<(u64, u64)> {
 #[test]
 fn what_was_written_is_sent_once_in_pieces_and_the_cold_first() {
     let bits = dirty(&[(0, 1), (3, 100), (200, 17), (1023, 1)]);
-    let heat: HashMap<u64, u32> = (10..20).map(|g| (g, 3)).chain([(0, 1), (210, 7)]).collect();
+    let heat: HashMap<u64, u32> = (2..4).map(|r| (r, 3)).chain([(0, 1), (13, 7)]).collect();
     for heat in [&HashMap::new(), &heat] {
         let pieces = order(&bits, heat);
-        let warm = |at: u64| heat.get(&(at / GRANULE)).copied().unwrap_or(0);
+        let warm = |at: u64| heat.get(&(at / REGION)).copied().unwrap_or(0);
         let again = Bitmap::new(SIZE, GRANULE).unwrap();
         for (start, len) in &pieces {
-            assert!((1..PIECE + GRANULE).contains(len), "{start} {len}");
+            assert!((1..=PIECE).contains(len), "{start} {len}");
             assert!(
                 again.runs(*start..start + len).all(|(_, set)| !set),
                 "twice"
@@ -43,9 +43,11 @@ fn what_was_written_is_sent_once_in_pieces_and_the_cold_first() {
 
 #[test]
 fn what_is_written_in_each_round_grows_warm_and_what_rests_is_cold() {
-    let first = heat(&dirty(&[(1, 2)]), &HashMap::new());
+    // In granules; of each region one is enough.
+    let region = REGION / GRANULE;
+    let first = heat(&dirty(&[(2 * region - 1, 2)]), &HashMap::new());
     assert_eq!(first, HashMap::from([(1, 1), (2, 1)]));
-    let second = heat(&dirty(&[(2, 2)]), &first);
+    let second = heat(&dirty(&[(2 * region, region + 1)]), &first);
     assert!(second[&2] > second[&3] && second[&3] == 1);
     assert!(!second.contains_key(&1));
 }
