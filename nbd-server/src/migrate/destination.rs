@@ -5,6 +5,10 @@
 //! 3. all of it came: flushed, then `ready`, durable; the source hears of it;
 //! 4. the source has given it: `taken`, durable; it is published: COMMIT.
 //!
+//! Post-copy: in 1 the images come empty, then where they have data; they are laid out, with a record of
+//! what is missing ([`ploop::store::arriving`]), and opened like that. The link of 4 goes on as the
+//! container's [`Feed`]; it is complete when nothing is missing and the source knows.
+//!
 //! A link that breaks before 3, and a crash, leave nothing of it. Between 3 and 4 the source says how
 //! the move ends, on another link; nobody may open the container before that.
 

@@ -16,6 +16,10 @@
 //! 6. COMMIT: the record says `given`, durable. Clients are cut, and the destination is told;
 //! 7. it has taken it: the container is removed here, and the destination told that.
 //!
+//! Post-copy ([`Options::later`]) has no rounds. In 2 the tree goes without its data, then where that is;
+//! in 5 what was written since becomes a second snapshot, and goes like that, too. The destination
+//! answers that it has taken it and needs us: it is fed from here (`feed`), and 7 follows when it has all.
+//!
 //! Until 6 an error, or a word, ends the move: requests go on here. From 6 on the disk is not opened
 //! here any more; where the destination does not answer, it is told when the service next reaches it.
 
