@@ -153,11 +153,15 @@ fn run(args: &Args) -> Result<()> {
     let mut arrivals = arrivals(&disks, &server, tls, args)?;
     places.append(&mut arrivals.1);
     places.push(format!("control API at {}", control_path.display()));
+    let coming = arrivals.0.coming();
     let end = move || {
         drop(arrivals);
         control.stop();
     };
-    server.run_until_signal(|| announce(&places), end)
+    let served = server.run_until_signal(|| announce(&places), end);
+    // Now that nobody asks for it any more.
+    drop(coming);
+    served
 }
 
 fn tls(args: &Args) -> Result<Option<Tls>> {

@@ -100,12 +100,18 @@ impl Destination {
         }
     }
 
-    /// Ends all links, those of later too.
+    /// Ends all links, those of later too; but not what containers still lack: that comes on as long as
+    /// clients may ask for it ([`Destination::end`]).
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         self.moves()
             .values()
             .for_each(|e| e.store(true, Ordering::Release));
+    }
+
+    /// Nothing comes any more. Blocks until nobody waits for it.
+    pub fn end(&self) {
+        self.stop();
         self.fed().values().for_each(|f| f.end());
         let fillers =
             std::mem::take(&mut *self.fillers.lock().unwrap_or_else(PoisonError::into_inner));

@@ -34,17 +34,14 @@ const AGAIN: Duration = Duration::from_millis(500);
 
 /// The link to the source of one container, while there is one.
 pub(super) struct Feed {
-    state: Mutex<State>,
+    /// Locked while a request is on the link.
+    wire: Mutex<Option<Wire>>,
     changed: Condvar,
+    /// The word that breaks the link.
+    link_end: Mutex<Option<Arc<AtomicBool>>>,
     /// Readers that wait.
     readers: AtomicUsize,
     ended: AtomicBool,
-}
-
-#[derive(Default)]
-struct State {
-    /// With the word that ends it.
-    wire: Option<(Wire, Arc<AtomicBool>)>,
 }
 
 impl std::fmt::Debug for Feed {
@@ -56,32 +53,38 @@ impl std::fmt::Debug for Feed {
 impl Feed {
     pub(super) fn new() -> Arc<Feed> {
         Arc::new(Feed {
-            state: Mutex::default(),
+            wire: Mutex::default(),
             changed: Condvar::new(),
+            link_end: Mutex::default(),
             readers: AtomicUsize::new(0),
             ended: AtomicBool::new(false),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Option<Wire>> {
+        self.wire.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another link to the source; `end` breaks it.
+    /// Breaks the link that there is; `next` breaks the one that comes.
+    fn break_link(&self, next: Option<Arc<AtomicBool>>) {
+        let mut end = self.link_end.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(old) = std::mem::replace(&mut *end, next) {
+            old.store(true, Ordering::Release);
+        }
+    }
+
+    /// Another link to the source; `end` breaks it. Whoever waits for an answer on the one before asks
+    /// again on this.
     pub(super) fn give(&self, wire: Wire, end: Arc<AtomicBool>) {
-        self.lock().wire = Some((wire, end));
+        self.break_link(Some(end));
+        *self.lock() = Some(wire);
         self.changed.notify_all();
     }
 
     /// Nobody is to wait for anything any more.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        // Whoever waits for the link's answer has the lock.
-        if let Ok(state) = self.state.try_lock()
-            && let Some((_, end)) = &state.wire
-        {
-            end.store(true, Ordering::Release);
-        }
+        self.break_link(None);
         self.changed.notify_all();
     }
 
@@ -95,13 +98,13 @@ impl Feed {
             if self.ended.load(Ordering::Acquire) {
                 return Err(Error::new(Kind::Io, "the service stops"));
             }
-            if let Some((wire, _)) = &mut state.wire {
+            if let Some(wire) = state.as_mut() {
                 match work(wire) {
                     Ok(done) => return Ok(done),
                     Err(e) => {
                         tracing::warn!(error = %e, "the link to the source of a container broke");
                         last = Some(e);
-                        state.wire = None;
+                        *state = None;
                     }
                 }
             }
@@ -147,7 +150,7 @@ impl Feed {
     }
 
     fn done(&self) {
-        if let Some((wire, _)) = &mut self.lock().wire
+        if let Some(wire) = self.lock().as_mut()
             && let Err(e) = wire.send(Type::Done, &[]).and_then(|()| wire.flush())
         {
             tracing::debug!(error = %e, "the source is gone already");

@@ -35,6 +35,16 @@ pub struct Arrivals {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// See [`Arrivals::coming`].
+#[derive(Debug)]
+pub struct Coming(Arc<Destination>);
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 /// Containers whose move this process works on: their records are not to be touched.
 #[derive(Clone, Debug, Default)]
 pub struct Leaving(Arc<Book>);
@@ -136,6 +146,12 @@ impl Arrivals {
             links: Arc::default(),
             threads: Vec::new(),
         })
+    }
+
+    /// What goes on behind the end of this, until it is dropped, too: the data of containers that were
+    /// taken, as long as clients may ask for it.
+    pub fn coming(&self) -> Coming {
+        Coming(self.destination.clone())
     }
 
     /// Takes containers at a unix socket of mode 0600.

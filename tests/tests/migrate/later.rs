@@ -137,7 +137,10 @@ fn what_has_not_arrived_is_waited_for() {
     let (there, read) = reader.join().unwrap();
     assert!(read == bytes);
     wait_for("nothing is missing", || {
-        b.json(["info", "ct", "--json"])["move"].is_null()
+        // Merges begin then, and take images away that it looks at.
+        let info = b.ploop().args(["info", "ct", "--json"]).output().unwrap();
+        let shown = serde_json::from_slice::<serde_json::Value>(&info.stdout);
+        info.status.success() && shown.is_ok_and(|s| s["move"].is_null())
     });
     wait_for("nothing is left", || {
         let info = a.ploop().args(["info", "ct"]).output().unwrap();
