@@ -29,8 +29,12 @@ impl Disks {
             };
             names.open.insert(meant.key.clone(), entry);
         }
+        let disk = self.open(&meant)?;
+        // Counted now, while nobody waits for it.
+        quota::arm(&self.place(&meant.key)?, disk.disk())?;
+        disk.disk().account()?.set_limit(None);
         Ok(Arriving {
-            disk: self.open(&meant)?,
+            disk,
             disks: self.clone(),
         })
     }
@@ -46,8 +50,14 @@ impl Arriving {
     /// and whoever has the result, lets go. On an error it is published all the same.
     pub fn publish(self) -> (Arc<OpenDisk>, Result<()>) {
         let key = self.disk.freed.key.clone();
-        let place = self.disks.place(&key);
-        let armed = place.and_then(|place| quota::arm(&place, self.disk.disk()));
+        let limit = self
+            .disks
+            .place(&key)
+            .and_then(|place| Ok(place.meta()?.quota));
+        let armed = limit.and_then(|limit| {
+            self.disk.disk().account()?.set_limit(limit);
+            Ok(())
+        });
         self.disks.publish(&key, &self.disk);
         (self.disk, armed)
     }
