@@ -41,17 +41,20 @@ fn ends(client: &mut Client, holder: &Holder, says: &str) {
 fn a_smaller_a_read_only_and_a_missing_export_end_the_connection_by_name() {
     let name = ["--name", "x"];
     let (large, small) = (Bare::new("32M", &[]), Bare::new("16M", &[]));
+    let other = ["--name", "y"];
     for (next, args, says) in [
-        (&small, &["--name", "x"][..], "bytes now"),
-        (&small, &["--name", "y"], "no such export any more"),
+        (&small, &name, "bytes now"),
+        (&large, &other, "no such export any more"),
     ] {
         let (first, to) = serve(&large, &name);
         let holder = Holder::start(&to, &[]);
         let mut client = holder.open("x", Style::Structured);
         client.write(0, &[1; 512]);
         first.stop();
-        let (_next, to) = serve(next, args);
-        holder.move_to(&to);
+        let (_next, now) = serve(next, args);
+        if now != to {
+            holder.move_to(&now);
+        }
         ends(&mut client, &holder, says);
         // The holder is there for others.
         assert!(holder.status().exports.is_empty());
@@ -62,6 +65,23 @@ fn a_smaller_a_read_only_and_a_missing_export_end_the_connection_by_name() {
     first.stop();
     let (_next, _) = serve(&large, &["--name", "x", "--read-only"]);
     ends(&mut client, &holder, "gone");
+}
+
+/// Goal: a client outlives a move that is taken back: the disk is not there yet, or not any more.
+#[test]
+fn a_disk_that_is_on_its_way_is_waited_for() {
+    let (here, there) = (Bare::new("16M", &[]), Bare::new("16M", &[]));
+    let (_first, to) = serve(&here, &["--name", "x"]);
+    let holder = Holder::start(&to, &[]);
+    let mut client = holder.open("x", Style::Structured);
+    client.write(0, &[1; 512]);
+    let (_next, now) = serve(&there, &["--name", "y"]);
+    holder.move_to(&now);
+    wait_for("the log", || {
+        holder.log().contains("no such export any more")
+    });
+    holder.move_to(&to);
+    assert_eq!(client.read(0, 512), [1; 512]);
 }
 
 #[test]
