@@ -300,23 +300,6 @@ impl Owner {
         self.record = next;
         Ok(())
     }
-
-    /// The same, not durable yet: for who syncs before anything depends on it.
-    pub fn set_unsynced(&mut self, state: State, epoch: u64) -> Result<()> {
-        let next = Record {
-            state,
-            epoch,
-            ..self.record.clone()
-        };
-        self.file.write_at(&next.encode()?, 0)?;
-        self.record = next;
-        Ok(())
-    }
-
-    /// Makes [`Owner::set_unsynced`] durable.
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync()
-    }
 }
 
 /// Removes the record of the disk in `dir`; durable on return. Nothing where there is none.

@@ -20,6 +20,12 @@ const KINDS: [Kind; 11] = [
     Kind::Latched,
 ];
 
+/// The kind of that name; `Io` for one that is not known.
+pub(crate) fn kind_of(name: &str) -> Kind {
+    let found = KINDS.into_iter().find(|k| k.name() == name);
+    found.unwrap_or(Kind::Io)
+}
+
 /// What failed, where, and what to do next.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
@@ -60,8 +66,7 @@ impl From<&Error> for Failure {
 
 impl From<Failure> for Error {
     fn from(f: Failure) -> Error {
-        let kind = KINDS.into_iter().find(|k| k.name() == f.kind);
-        let mut e = Error::new(kind.unwrap_or(Kind::Io), f.what);
+        let mut e = Error::new(kind_of(&f.kind), f.what);
         if let Some(file) = f.file {
             e = e.on(file);
         }

@@ -20,6 +20,8 @@ use snapshots::moving::Luggage;
 use snapshots::owner::{Answer, Verdict};
 use snapshots::stream::Have;
 
+use crate::control::failure::kind_of;
+
 /// Bytes of a payload, at most: one MiB of data and where it belongs.
 pub(super) const PAYLOAD_MAX: usize = (1 << 20) + 64;
 /// The version of the protocol.
@@ -408,7 +410,7 @@ impl Wire {
 
     fn refused(&self) -> Result<Error> {
         let refusal: Refusal = self.record()?;
-        let kind = kind(&refusal.kind);
+        let kind = kind_of(&refusal.kind);
         // Of a length and with characters that a log can bear.
         let what: String = refusal.what.chars().take(2000).collect();
         let what = what.replace(|c: char| c.is_control(), " ");
@@ -429,25 +431,6 @@ impl Wire {
     pub(super) fn wrong(&self, what: &str) -> Error {
         Error::corrupt(format!("{} sent {what}", self.peer))
     }
-}
-
-/// An error's kind by its name; `Io` for one that is not known.
-fn kind(name: &str) -> Kind {
-    let all = [
-        Kind::NotFound,
-        Kind::Exists,
-        Kind::Invalid,
-        Kind::Corrupt,
-        Kind::Unsupported,
-        Kind::InUse,
-        Kind::NoSpace,
-        Kind::Permission,
-        Kind::ReadOnly,
-        Kind::Latched,
-    ];
-    all.into_iter()
-        .find(|k| k.name() == name)
-        .unwrap_or(Kind::Io)
 }
 
 /// Bytes of a stream on their way out.

@@ -103,8 +103,7 @@ fn a_change_of_state_happened_or_did_not() {
         (
             |s, d| {
                 let mut owner = Owner::open(s, d).unwrap().unwrap();
-                owner.set_unsynced(State::Ready, 4).unwrap();
-                owner.sync().unwrap();
+                owner.set(State::Ready, 4).unwrap();
             },
             Some(State::Ready),
         ),
