@@ -9,8 +9,9 @@ not have, and reads beside them), tcp, copy (nbdcopy), depth (deep chains), clon
 one call), open (start to first read), idle (exports and clients at rest), live (snapshots of a disk
 that is written to), limits (rates that are set, and how two share a budget), quota (what the
 neighbour of a full container notices), hold (what the holder costs), merge, stream (send into
-receive, beside what copies files), tracker (what a tracked write costs); and when asked for clusters
-(ploop alone, with clusters of each size).
+receive, beside what copies files), tracker (what a tracked write costs),
+migrate (a disk moves under its client, beside QEMU's mirror); and when asked for clusters (ploop
+alone, with clusters of each size).
 Peers: qemu-nbd (raw, qcow2, parallels; by threads and by io_uring), qemu-storage-daemon, nbdkit (file, cow, null), nbd-server (with copyonwrite).
 Needs: fio, qemu-utils, nbdkit, nbd-server, libnbd-bin; builds the release binaries itself. A tool
 that is missing, or a peer that does not run, is an error; a peer that is left out by --without has
@@ -44,6 +45,7 @@ import lightly
 import limits
 import live
 import merge
+import migrate
 import opening
 import quota
 import servers
@@ -59,7 +61,7 @@ SECTIONS = {
     "clones": clones.section, "open": opening.section, "idle": idle.section,
     "live": live.section, "limits": limits.section, "quota": quota.section, "hold": hold.section,
     "merge": merge.section, "stream": streams.section, "check": checking.section,
-    "tracker": trackers.section,
+    "tracker": trackers.section, "migrate": migrate.section,
     "clusters": clusters.section,
 }
 #: Run when asked for.
