@@ -120,8 +120,8 @@ impl Daemon {
         self.api().get(&resource(&["jobs"])).unwrap()
     }
 
-    /// Asks it to end by SIGTERM, waits, and panics unless it ended well.
-    pub fn stop(mut self) {
+    /// Asks it to end by SIGTERM, waits, and panics unless it ended well. Gives what it said.
+    pub fn stop(mut self) -> String {
         crate::server::terminate(self.child.id());
         let mut ended = None;
         wait_for("the daemon's end", || {
@@ -133,6 +133,7 @@ impl Daemon {
             !self.control.exists() && !self.nbd.exists(),
             "its sockets are left"
         );
+        self.log()
     }
 
     /// Kills it at once, as a power cut would.

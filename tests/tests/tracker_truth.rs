@@ -289,24 +289,25 @@ impl World {
 
 /// Panics unless `runs`, which cover the disk, have what `truth` must have and no more than it may.
 fn hold(name: &str, truth: &Truth, runs: Vec<(std::ops::Range<u64>, bool)>, what: &str) {
-    let mut at = 0;
+    let (mut at, mut lacks, mut more) = (0, Vec::new(), Vec::new());
     for (run, dirty) in runs {
         assert_eq!(run.start, at, "{what}: {name}");
         at = run.end;
-        let granules = run.start / truth.granularity..run.end.div_ceil(truth.granularity);
-        for granule in granules {
-            let g = granule as usize;
-            assert!(
-                dirty || !truth.must[g],
-                "{what}: {name} lacks granule {granule}"
-            );
-            assert!(
-                !dirty || truth.may[g],
-                "{what}: {name} has granule {granule}, which nobody wrote"
-            );
+        for granule in run.start / truth.granularity..run.end.div_ceil(truth.granularity) {
+            match dirty {
+                true if !truth.may[granule as usize] => more.push(granule),
+                false if truth.must[granule as usize] => lacks.push(granule),
+                _ => {}
+            }
         }
     }
     assert_eq!(at, SIZE, "{what}: {name}");
+    let of = truth.may.len();
+    assert!(
+        lacks.is_empty() && more.is_empty(),
+        "{name}, {of} granules of {}: lacks {lacks:?}; nobody wrote {more:?}; {what}",
+        truth.granularity
+    );
 }
 
 /// Goal: promise 28 with the real programs. Method: as the module says, until the time is over.
@@ -333,8 +334,8 @@ fn no_life_of_a_container_makes_a_tracker_lie() {
             world.did("killed");
         } else {
             client.disconnect();
-            daemon.stop();
-            world.hold_stored(&at("stopped"));
+            let log = daemon.stop();
+            world.hold_stored(&at(&format!("stopped: {log}")));
             if world.rng.below(4) == 0 && !world.snapshots.is_empty() {
                 world.switch();
                 world.hold_stored(&at("switched"));

@@ -17,8 +17,9 @@
 //! 7. it has taken it: the container is removed here, and the destination told that.
 //!
 //! Post-copy ([`Options::later`]) has no rounds. In 2 the tree goes without its data, then where that is;
-//! in 5 what was written since becomes a second snapshot, and goes like that, too. The destination
-//! answers that it has taken it and needs us: it is fed from here (`feed`), and 7 follows when it has all.
+//! in 3 what was written since becomes a second snapshot, and goes like that, too: meanwhile clients are
+//! slowed down, so that little is left for 5. The destination answers that it has taken it and needs us:
+//! it is fed from here (`feed`), and 7 follows when it has all.
 //!
 //! Until 6 an error, or a word, ends the move: requests go on here. From 6 on the disk is not opened
 //! here any more; where the destination does not answer, it is told when the service next reaches it.
@@ -187,11 +188,6 @@ impl Source<'_> {
             Ok(()) => {}
             Err(Failed::Here(e)) => {
                 drop(door);
-                if self.options.later
-                    && let Err(e) = moving::mark(self.live(), way.last)
-                {
-                    tracing::debug!(error = %e, "there is no second snapshot of the move");
-                }
                 self.deadline.set(Some(TAKE_BACK));
                 self.take_back(wire);
                 return Err(Failed::Here(e));
@@ -314,8 +310,7 @@ impl Source<'_> {
         self.tree(wire, way, &welcome)?;
         if self.options.later {
             self.watch.freeze()?;
-            // So that little is left to be made durable in the hand-over.
-            return self.disk.flush();
+            return self.seal(wire, way).map_err(|e| self.said(wire, e));
         }
         // 3.
         let rounds = self.converge(wire, way).and_then(|()| {
@@ -323,6 +318,30 @@ impl Source<'_> {
             self.round(wire, way).map(drop)
         });
         rounds.map_err(|e| self.said(wire, e))
+    }
+
+    /// Step 3 of a move whose data follows: what was written since the snapshot is a second one, and follows,
+    /// too. The destination has opened all of it on return; what is written meanwhile goes with the rest.
+    fn seal(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        if self.options.brake {
+            self.disk.gate().brake(BRAKE_MIN);
+        }
+        // Before the barrier: it has less to sync then.
+        self.disk.flush()?;
+        way.written
+            .add(&*self.disk.disk().barrier().clear_tracker(way.tracker)?);
+        let new = NewSnapshot {
+            description: format!("moving to {}", self.peer),
+            guid: Some(way.last),
+            ..NewSnapshot::default()
+        };
+        snapshot::take(self.live(), &new)?;
+        moving::mark(self.live(), way.last)?;
+        self.tell(wire, way.last)?;
+        wire.send(Type::Open, &[])?;
+        wire.send(Type::Sync, &[])?;
+        wire.flush()?;
+        wire.expect(Type::Synced)
     }
 
     /// Tells where an image has data.

@@ -15,19 +15,13 @@ impl Source<'_> {
             None => None,
         };
         self.disk.gate().halt();
-        let sealed = match self.options.later {
-            true => self.seal(wire, way),
-            false => Ok(()),
-        };
         let barrier = self.disk.disk().barrier();
-        let done = sealed
-            .and_then(|()| self.rest(wire, way, &barrier))
-            .and_then(|()| {
-                if let Some(holder) = &self.options.holder {
-                    holder.send(&holder.to)?;
-                }
-                Ok(())
-            });
+        let done = self.rest(wire, way, &barrier).and_then(|()| {
+            if let Some(holder) = &self.options.holder {
+                holder.send(&holder.to)?;
+            }
+            Ok(())
+        });
         if let Err(e) = done {
             drop(barrier);
             self.disk.gate().resume();
@@ -54,21 +48,6 @@ impl Source<'_> {
         {
             tracing::error!(error = %e, "the holder of the clients was not sent back here");
         }
-    }
-
-    /// Before step 5: what was written since the snapshot is another one, that follows, too. What is
-    /// still under way goes with the rest.
-    fn seal(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
-        way.written
-            .add(&*self.disk.disk().barrier().clear_tracker(way.tracker)?);
-        let new = NewSnapshot {
-            description: format!("moving to {}", self.peer),
-            guid: Some(way.last),
-            ..NewSnapshot::default()
-        };
-        snapshot::take(self.live(), &new)?;
-        self.tell(wire, way.last)?;
-        wire.send(Type::Open, &[])
     }
 
     /// Step 5, behind the closed gate: what is left, and the trackers' bits.
