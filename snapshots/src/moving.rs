@@ -101,7 +101,11 @@ impl Unended {
             return Ok(None);
         };
         let images = Missing::images(store, dir)?;
-        let missing = images.iter().map(|path| Missing::bytes(store, path));
+        let missing = images.iter().map(|path| match Missing::bytes(store, path) {
+            // It was complete, and merged away, just now.
+            Err(e) if e.kind() == Kind::NotFound => Ok(0),
+            bytes => bytes,
+        });
         Ok(Some(Unended {
             state: record.state.name(),
             id: record.id.to_string(),

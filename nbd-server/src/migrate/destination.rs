@@ -13,6 +13,8 @@
 //! the move ends, on another link; nobody may open the container before that.
 
 mod came;
+mod coming;
+mod feeding;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
@@ -34,15 +36,16 @@ use snapshots::stream::{self, ReceiveOptions};
 use snapshots::{Root, name};
 
 use came::{Runs, lay_out, take_bits, trackers};
+use coming::{Coming, short};
 
-use super::feed::{self, Feed};
+use super::feed::{self, End, Feed};
 use super::link::{Link, Stop};
 use super::settle::step_down;
 use super::wire::{
     Answered, Hello, Purpose, Refusal, Said, StreamIn, Type, VERSION, Welcome, Wire,
 };
 use crate::export::Disks;
-use crate::export::disks::Arriving;
+use crate::export::disks::{Arriving, OpenDisk};
 use crate::serve::Connections;
 
 /// A source that says nothing for so long is gone.
@@ -58,8 +61,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub struct Destination {
     disks: Arc<Disks>,
     connections: Connections,
-    /// Moves that a link works on; set: it is to end.
-    active: Mutex<HashMap<Guid, Arc<AtomicBool>>>,
+    /// Moves that a link works on.
+    active: Mutex<HashMap<Guid, Arc<End>>>,
     changed: Condvar,
     /// Of containers that were taken, or are ready, and lack something.
     feeds: Mutex<HashMap<Guid, Arc<Feed>>>,
@@ -104,9 +107,6 @@ impl Destination {
     /// clients may ask for it ([`Destination::end`]).
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.moves()
-            .values()
-            .for_each(|e| e.store(true, Ordering::Release));
     }
 
     /// Nothing comes any more. Blocks until nobody waits for it.
@@ -118,67 +118,6 @@ impl Destination {
         for filler in fillers {
             drop(filler.join());
         }
-    }
-
-    fn fed(&self) -> MutexGuard<'_, HashMap<Guid, Arc<Feed>>> {
-        self.feeds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Goes on with the containers that were taken and lack something, for a service that starts: their
-    /// sources come back by themselves.
-    pub fn resume(self: &Arc<Self>) -> Result<()> {
-        let root = self.root()?;
-        for (name, record) in moving::unsettled(root)? {
-            if !matches!(record.state, State::Taken | State::Ready) {
-                continue;
-            }
-            let begun = Place::container(root, &name).and_then(|place| {
-                if later::missing(&place)?.is_empty() {
-                    return Ok(());
-                }
-                tracing::info!(container = name, id = %record.id, "some of it is still to come");
-                self.begin_feed(&place, &name, record.id).map(drop)
-            });
-            // One that is damaged does not keep the others from being served.
-            if let Err(e) = begun {
-                tracing::error!(container = name, error = %e, "what it lacks does not come");
-            }
-        }
-        Ok(())
-    }
-
-    /// Has what the container lacks come, in the background too, as soon as there is a link.
-    fn begin_feed(self: &Arc<Self>, place: &Place<'_>, name: &str, id: Guid) -> Result<Arc<Feed>> {
-        let none = || Error::unsupported("this service does not fetch what containers lack");
-        let store = place.opener().arrivals().ok_or_else(none)?.clone();
-        let feed = Feed::new();
-        let paths = feed::register(place, &store, &feed)?;
-        self.fed().insert(id, feed.clone());
-        let (me, name, with) = (self.clone(), name.to_owned(), feed.clone());
-        let thread = std::thread::Builder::new().name("post-copy".into());
-        let filler = thread.spawn(move || me.fill(&with, &store, &paths, &name, id));
-        let filler = filler.map_err(|e| Error::new(Kind::Io, "start a thread").caused_by(e))?;
-        let mut fillers = self.fillers.lock().unwrap_or_else(PoisonError::into_inner);
-        fillers.retain(|f| !f.is_finished());
-        fillers.push(filler);
-        Ok(feed)
-    }
-
-    fn fill(&self, feed: &Feed, store: &ArrivingStore, paths: &[PathBuf], name: &str, id: Guid) {
-        let Ok(root) = self.root() else { return };
-        let over = || !moving::record(root, name, id).is_ok_and(|r| r.is_some());
-        let confirmed = || {
-            let record = moving::record(root, name, id)?;
-            match rules::confirmed(stand(record.as_ref())) {
-                Next::Own => ploop::owner::remove(root.store(), &root.existing_container(name)?),
-                _ => Ok(()),
-            }
-        };
-        if feed::fill(feed, store, paths, &over, &confirmed) {
-            tracing::info!(container = name, id = %id, "all of it is here");
-            self.disks.go_on_merging(name);
-        }
-        self.fed().remove(&id);
     }
 
     /// Removes what is left of moves that were cut before all of it came, and that somebody had open
@@ -196,20 +135,20 @@ impl Destination {
         }
     }
 
-    fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<Guid, Arc<AtomicBool>>> {
+    fn moves(&self) -> MutexGuard<'_, HashMap<Guid, Arc<End>>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the move for this link; one that another link works on is ended first, where `instead`
     /// says so. Error: `InUse`.
-    fn activate(&self, id: Guid, instead: bool, end: &Arc<AtomicBool>) -> Result<Active<'_>> {
+    fn activate(&self, id: Guid, instead: bool, end: &Arc<End>) -> Result<Active<'_>> {
         let mut moves = self.moves();
         while let Some(other) = moves.get(&id) {
             if !instead || self.stopping.load(Ordering::Acquire) {
                 let what = format!("another link works on the move {id}");
                 return Err(Error::new(Kind::InUse, what));
             }
-            other.store(true, Ordering::Release);
+            other.say();
             let waited = self.changed.wait(moves);
             moves = waited.unwrap_or_else(PoisonError::into_inner);
         }
@@ -227,11 +166,9 @@ impl Destination {
             return;
         }
         let peer = link.peer().to_owned();
-        let end = Arc::new(AtomicBool::new(false));
-        // One that has not said what it is for is in no list, and ends, too.
+        let end = Arc::new(End::default());
         let (said, stopping) = (end.clone(), self.stopping.clone());
-        let stop: Stop =
-            Arc::new(move || said.load(Ordering::Acquire) || stopping.load(Ordering::Acquire));
+        let stop: Stop = Arc::new(move || said.is_said(&stopping));
         link.set_stop(stop);
         link.set_patience(Some(SILENCE));
         let mut wire = Wire::new(Box::new(link), &peer);
@@ -241,31 +178,27 @@ impl Destination {
         }
     }
 
-    fn refuse(&self, wire: &mut Wire, e: &Error, end: &Arc<AtomicBool>) {
-        let refusal = Refusal {
-            kind: e.kind().name().to_owned(),
-            what: e.to_string(),
-        };
-        if wire.say(Type::Refused, &refusal).is_err() {
+    fn refuse(&self, wire: &mut Wire, e: &Error, end: &Arc<End>) {
+        if wire.say(Type::Refused, &Refusal::of(e)).is_err() {
             return;
         }
         // Closed with bytes of the other side unread, the refusal might be lost with them.
         let until = Instant::now() + HEAR;
         let late = end.clone();
         let timer = std::thread::Builder::new().spawn(move || {
-            while Instant::now() < until && !late.load(Ordering::Acquire) {
+            while Instant::now() < until && !late.now.load(Ordering::Acquire) {
                 std::thread::sleep(LOOK);
             }
-            late.store(true, Ordering::Release);
+            late.say();
         });
         while wire.skip().is_ok() {}
-        end.store(true, Ordering::Release);
+        end.say();
         if let Ok(timer) = timer {
             drop(timer.join());
         }
     }
 
-    fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<AtomicBool>) -> Result<()> {
+    fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<End>) -> Result<()> {
         wire.expect(Type::Hello)?;
         let hello: Hello = wire.record()?;
         if hello.version != VERSION {
@@ -276,11 +209,23 @@ impl Destination {
         let id = Guid::parse(&hello.id)?;
         let root = self.root()?;
         self.disks.refuse_read_only(&hello.name)?;
-        let _active = self.activate(id, hello.purpose == Purpose::Settle, end)?;
-        match hello.purpose {
-            Purpose::Move => self.receive(wire, root, &hello, id, end),
-            Purpose::Settle => self.settle(wire, root, &hello.name, id, end),
+        let active = self.activate(id, hello.purpose == Purpose::Settle, end)?;
+        let taken = match hello.purpose {
+            Purpose::Move => self.receive(wire, root, &hello, id, end)?,
+            Purpose::Settle => return self.settle(wire, root, &hello.name, id, end),
+        };
+        // The move needs this link no more.
+        drop(active);
+        if let Some((_open, told)) = taken {
+            // Whoever comes next need not open it again.
+            let until = Instant::now() + KEPT;
+            let leaves = || self.disks.leaving().refuse(&hello.name).is_err();
+            while Instant::now() < until && !self.stopping.load(Ordering::Acquire) && !leaves() {
+                std::thread::sleep(LOOK);
+            }
+            return told;
         }
+        Ok(())
     }
 
     fn root(&self) -> Result<&Root> {
@@ -289,15 +234,15 @@ impl Destination {
         })
     }
 
-    /// A container comes.
+    /// A container comes. Gives its open disk where it was taken, and whether the source was told.
     fn receive(
         self: &Arc<Self>,
         wire: &mut Wire,
         root: &Root,
         hello: &Hello,
         id: Guid,
-        end: &Arc<AtomicBool>,
-    ) -> Result<()> {
+        end: &Arc<End>,
+    ) -> Result<Option<(Arc<OpenDisk>, Result<()>)>> {
         let name = &hello.name;
         hello.luggage.check()?;
         if root.existing_container(name).is_ok() {
@@ -335,16 +280,13 @@ impl Destination {
         let place = Place::container(root, name)?;
         let mut owner = Owner::open(root.store(), place.dir())?
             .ok_or_else(|| Error::corrupt("its record is gone").on(place.dir()))?;
-        let feed = match hello.later {
-            true => {
-                moving::forget_hashes(&place)?;
-                wire.send(Type::Received, &[])?;
-                wire.flush()?;
-                lay_out(wire, &place)?;
-                Some(self.begin_feed(&place, name, id)?)
-            }
-            false => None,
-        };
+        if hello.later {
+            moving::forget_hashes(&place)?;
+            wire.send(Type::Received, &[])?;
+            wire.flush()?;
+            lay_out(wire, &place)?;
+            self.feed_of(root, name, id)?;
+        }
         let arriving = coming.arriving.insert(self.disks.arriving(name)?);
         if let Some(life) = &hello.luggage.life {
             arriving.disk().carry_on(life.parse()?)?;
@@ -375,7 +317,7 @@ impl Destination {
             // Durable before it is said. One that cannot go yet is told again.
             coming.remove()?;
             tracing::info!(container = %name, id = %id, "the move was aborted");
-            return self.answer(wire, root, name, id, answer);
+            return self.answer(wire, root, name, id, answer).map(|()| None);
         };
         owner.set(State::Taken, epoch)?;
         let Some(arriving) = coming.arriving.take() else {
@@ -387,25 +329,7 @@ impl Destination {
         if let Err(e) = armed {
             tracing::error!(container = %name, error = %e, "its quota does not hold before it is opened again");
         }
-        let told = match feed {
-            Some(feed) => self.needs(wire, &feed, epoch, end),
-            None => self.answer(wire, root, name, id, answer),
-        };
-        // Whoever comes next need not open it again.
-        let until = Instant::now() + KEPT;
-        let leaves = || self.disks.leaving().refuse(name).is_err();
-        while Instant::now() < until && !self.stopping.load(Ordering::Acquire) && !leaves() {
-            std::thread::sleep(LOOK);
-        }
-        drop(disk);
-        told
-    }
-
-    /// Answers that some of it is still to come, by this link from then on.
-    fn needs(&self, wire: &mut Wire, feed: &Feed, epoch: u64, end: &Arc<AtomicBool>) -> Result<()> {
-        wire.say(Type::Answer, &Answered::from(Answer::Needs(epoch)))?;
-        feed.give(wire.take(), end.clone());
-        Ok(())
+        Ok(Some((disk, self.has_it(wire, root, name, id, epoch, end))))
     }
 
     /// Answers, and hears whether the source knows.
@@ -488,7 +412,7 @@ impl Destination {
         root: &Root,
         name: &str,
         id: Guid,
-        end: &Arc<AtomicBool>,
+        end: &Arc<End>,
     ) -> Result<()> {
         wire.say(Type::Welcome, &Welcome::default())?;
         let verdict = hear(wire)?;
@@ -506,9 +430,8 @@ impl Destination {
             _ => None,
         };
         enact(root, name, id, next)?;
-        let feed = self.fed().get(&id).cloned();
-        match (answer, feed) {
-            (Answer::Taken(epoch), Some(feed)) => self.needs(wire, &feed, epoch, end),
+        match answer {
+            Answer::Taken(epoch) => self.has_it(wire, root, name, id, epoch, end),
             _ => self.answer(wire, root, name, id, answer),
         }
     }
@@ -517,47 +440,4 @@ impl Destination {
 fn hear(wire: &mut Wire) -> Result<Verdict> {
     wire.expect(Type::Says)?;
     Ok(Verdict::from(wire.record::<Said>()?))
-}
-
-/// A peer's name as a record can hold it.
-fn short(peer: &str) -> String {
-    let end = peer.len().min(ploop::owner::PEER_MAX);
-    let end = (0..=end).rev().find(|&e| peer.is_char_boundary(e));
-    peer[..end.unwrap_or(0)].to_owned()
-}
-
-/// What has come of a container; gone when dropped, unless it stays.
-struct Coming<'a> {
-    root: &'a Root,
-    name: &'a str,
-    id: Guid,
-    arriving: Option<Arriving>,
-    stays: bool,
-    of: &'a Destination,
-}
-
-impl Coming<'_> {
-    /// Removes it; durable on return.
-    fn remove(&mut self) -> Result<()> {
-        // Nobody is to wait for what does not come.
-        if let Some(feed) = self.of.fed().remove(&self.id) {
-            feed.end();
-        }
-        // It is closed first: then its lock is free.
-        self.arriving = None;
-        match moving::record(self.root, self.name, self.id)? {
-            Some(_) => enact(self.root, self.name, self.id, Next::Remove),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for Coming<'_> {
-    fn drop(&mut self) {
-        if !self.stays
-            && let Err(e) = self.remove()
-        {
-            tracing::warn!(container = self.name, error = %e, "half of a move stays until nobody has it open");
-        }
-    }
 }

@@ -10,6 +10,7 @@
 //! itself. Whoever reads waits for it [`STALL`] at most; then what it reads fails, and is asked for anew
 //! by the next who reads. It is never zeros.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,28 +18,47 @@ use std::time::{Duration, Instant};
 
 use ploop::descriptor::Guid;
 use ploop::error::{Error, Kind, Result};
-use ploop::store::arriving::{ArrivingStore, Fetch, Filled};
+use ploop::store::arriving::{ArrivingStore, Fetch, Filled, GRANULE};
 use snapshots::moving::later::{self, Feeder, Places};
 use snapshots::place::Place;
 
-use super::wire::{PAYLOAD_MAX, Type, Wire};
+use super::wire::{PAYLOAD_MAX, Refusal, Type, Wire};
 
 /// How long a reader waits for a source that is gone.
 const STALL: Duration = Duration::from_secs(30);
 /// Bytes that the background asks for at a time: a reader waits for no more than that.
 const FILL: u64 = 256 << 10;
-/// Between two looks.
-const LOOK: Duration = Duration::from_millis(20);
 /// Between two tries of what failed.
 const AGAIN: Duration = Duration::from_millis(500);
+
+/// When a link ends.
+#[derive(Debug, Default)]
+pub(super) struct End {
+    pub(super) now: AtomicBool,
+    /// It feeds a container: that goes on while the service stops, as long as clients may ask.
+    feeds: AtomicBool,
+}
+
+impl End {
+    /// It ends.
+    pub(super) fn say(&self) {
+        self.now.store(true, Ordering::Release);
+    }
+
+    /// Whether it is to end, with a service that stops or before.
+    pub(super) fn is_said(&self, stopping: &AtomicBool) -> bool {
+        let with_service = stopping.load(Ordering::Acquire) && !self.feeds.load(Ordering::Acquire);
+        with_service || self.now.load(Ordering::Acquire)
+    }
+}
 
 /// The link to the source of one container, while there is one.
 pub(super) struct Feed {
     /// Locked while a request is on the link.
     wire: Mutex<Option<Wire>>,
     changed: Condvar,
-    /// The word that breaks the link.
-    link_end: Mutex<Option<Arc<AtomicBool>>>,
+    /// What breaks the link.
+    link_end: Mutex<Option<Arc<End>>>,
     /// Readers that wait.
     readers: AtomicUsize,
     ended: AtomicBool,
@@ -66,16 +86,17 @@ impl Feed {
     }
 
     /// Breaks the link that there is; `next` breaks the one that comes.
-    fn break_link(&self, next: Option<Arc<AtomicBool>>) {
+    fn break_link(&self, next: Option<Arc<End>>) {
         let mut end = self.link_end.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(old) = std::mem::replace(&mut *end, next) {
-            old.store(true, Ordering::Release);
+            old.say();
         }
     }
 
     /// Another link to the source; `end` breaks it. Whoever waits for an answer on the one before asks
     /// again on this.
-    pub(super) fn give(&self, wire: Wire, end: Arc<AtomicBool>) {
+    pub(super) fn give(&self, wire: Wire, end: Arc<End>) {
+        end.feeds.store(true, Ordering::Release);
         self.break_link(Some(end));
         *self.lock() = Some(wire);
         self.changed.notify_all();
@@ -85,6 +106,7 @@ impl Feed {
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
         self.break_link(None);
+        let _state = self.lock();
         self.changed.notify_all();
     }
 
@@ -125,35 +147,48 @@ impl Feed {
         }
     }
 
+    /// Waits for `time`, or until nobody is to wait any more.
+    fn rest(&self, time: Duration) {
+        let until = Instant::now() + time;
+        let mut state = self.lock();
+        while !self.ended.load(Ordering::Acquire) && Instant::now() < until {
+            let left = until.saturating_duration_since(Instant::now());
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     fn ask(&self, image: Guid, offset: u64, buf: &mut [u8]) -> Result<()> {
         let (at, len) = (offset.to_le_bytes(), (buf.len() as u64).to_le_bytes());
         let got = self.with(STALL, |wire| {
             wire.send(Type::Want, &[image.as_bytes(), &at, &len])?;
             wire.flush()?;
-            wire.expect(Type::Have)?;
-            match wire.payload().len() == buf.len() {
-                true => Ok(wire.payload().to_vec()),
-                false => Err(wire.wrong("another number of bytes than was asked for")),
+            match wire.read()? {
+                Type::Have if wire.payload().len() == buf.len() => Ok(Ok(wire.payload().to_vec())),
+                Type::Have => Err(wire.wrong("another number of bytes than was asked for")),
+                // It cannot be read there. All else can be had all the same.
+                Type::Refused => Ok(Err(wire.refused()?)),
+                other => Err(wire.wrong(&format!("a frame {other:?} where bytes belong"))),
             }
-        })?;
+        })??;
         buf.copy_from_slice(&got);
         Ok(())
     }
 
-    /// The source knows that nothing is missing any more.
-    fn whole(&self, patience: Duration) -> Result<()> {
-        self.with(patience, |wire| {
+    /// The source, if it is there, knows that nothing is missing any more: it drops what it has.
+    pub(super) fn whole(&self) -> Result<()> {
+        self.with(Duration::ZERO, |wire| {
             wire.send(Type::Whole, &[])?;
             wire.flush()?;
             wire.expect(Type::Confirmed)
         })
     }
 
-    fn done(&self) {
-        if let Some(wire) = self.lock().as_mut()
-            && let Err(e) = wire.send(Type::Done, &[]).and_then(|()| wire.flush())
-        {
-            tracing::debug!(error = %e, "the source is gone already");
+    /// The source knows that we know.
+    pub(super) fn done(&self) -> Result<()> {
+        match self.lock().as_mut() {
+            Some(wire) => wire.send(Type::Done, &[]).and_then(|()| wire.flush()),
+            None => Ok(()),
         }
     }
 }
@@ -210,50 +245,43 @@ pub(super) fn register(
     Ok(paths)
 }
 
-/// The background: fetches until nothing is missing and the source knows; `over` says that the
-/// container is gone. Gives whether all of it came. Blocks.
+/// The background: fetches until nothing is missing; `over` says that the container needs nothing any
+/// more. Gives whether all of it came. Blocks.
 pub(super) fn fill(
     feed: &Feed,
     store: &ArrivingStore,
     paths: &[PathBuf],
     over: &dyn Fn() -> bool,
-    confirmed: &dyn Fn() -> Result<()>,
 ) -> bool {
-    for path in paths {
-        loop {
-            if feed.ended.load(Ordering::Acquire) || over() {
-                return false;
-            }
-            // Whoever reads goes first.
-            if feed.readers.load(Ordering::Acquire) > 0 {
-                std::thread::sleep(Duration::from_micros(200));
-            }
-            match store.fill_next(path, FILL) {
-                Ok(Filled::More) => {}
-                Ok(Filled::Done) => break,
-                Err(e) => {
-                    tracing::debug!(file = %path.display(), error = %e, "fetching it failed");
-                    std::thread::sleep(AGAIN);
+    let mut budget = FILL;
+    let mut left: VecDeque<&PathBuf> = paths.iter().collect();
+    while let Some(path) = left.front() {
+        if feed.ended.load(Ordering::Acquire) || over() {
+            return false;
+        }
+        // Whoever reads goes first.
+        if feed.readers.load(Ordering::Acquire) > 0 {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        match store.fill_next(path, budget) {
+            Ok(Filled::More) => budget = (budget * 2).min(FILL),
+            Ok(Filled::Done) => drop(left.pop_front()),
+            Err(e) => {
+                tracing::debug!(file = %path.display(), error = %e, "fetching it failed");
+                // Down to what alone cannot be had; that does not keep the other images waiting.
+                match budget {
+                    GRANULE => left.rotate_left(1),
+                    _ => budget = (budget / 4).max(GRANULE),
                 }
+                feed.rest(AGAIN);
             }
         }
     }
-    while !feed.ended.load(Ordering::Acquire) && !over() {
-        let told = feed.whole(AGAIN).and_then(|()| confirmed());
-        match told {
-            Ok(()) => {
-                feed.done();
-                return true;
-            }
-            Err(e) => tracing::debug!(error = %e, "the source does not know yet"),
-        }
-        std::thread::sleep(LOOK);
-    }
-    // All of it is here, and that is what counts.
-    true
+    !over()
 }
 
-/// The source's side: answers until the destination has all. Error: the link's, or a file's.
+/// The source's side: answers until the destination has all. What cannot be read is refused by itself.
+/// Error: the link's.
 pub(super) fn feed(wire: &mut Wire, place: Place<'_>) -> Result<()> {
     let mut feeder = Feeder::new(place);
     loop {
@@ -266,8 +294,13 @@ pub(super) fn feed(wire: &mut Wire, place: Place<'_>) -> Result<()> {
                     return Err(wire.wrong(&format!("a request for {len} bytes")));
                 }
                 let mut buf = vec![0; len as usize];
-                feeder.read(Guid::from_bytes(image), offset, &mut buf)?;
-                wire.send(Type::Have, &[&buf])?;
+                match feeder.read(Guid::from_bytes(image), offset, &mut buf) {
+                    Ok(()) => wire.send(Type::Have, &[&buf])?,
+                    Err(e) => {
+                        tracing::error!(peer = wire.peer(), error = %e, "what a container that has left lacks cannot be read");
+                        wire.say(Type::Refused, &Refusal::of(&e))?;
+                    }
+                }
                 wire.flush()?;
             }
             Type::Whole => return Ok(()),

@@ -9,18 +9,18 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ploop::error::{Error, Kind, Result};
+use ploop::owner;
 use snapshots::moving;
-use snapshots::owner as rules;
 
 use super::destination::Destination;
 use super::link::{Link, Listener, Stop, Tls};
-use super::settle::{Settled, settle};
+use super::settle::{SILENCE, Settled, settle, verdict};
 use crate::export::Disks;
 use crate::serve::Connections;
 
 /// Links at once.
 const LINKS: usize = 32;
-/// Between two tries to end moves that were cut.
+/// Between two tries to end a move that was cut, and at most between two looks for such.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(50);
@@ -51,9 +51,16 @@ pub struct Leaving(Arc<Book>);
 
 #[derive(Debug, Default)]
 struct Book {
-    /// With a word for it where the work is the end of a move that was cut: that makes way.
-    all: Mutex<HashMap<String, Option<Arc<AtomicBool>>>>,
+    state: Mutex<Names>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    /// With a word for it where the work is the end of a move that was cut: that makes way.
+    at_work: HashMap<String, Option<Arc<AtomicBool>>>,
+    /// Moves that are over; they may have left something to be ended.
+    over: u64,
 }
 
 /// A container that leaves, until this is dropped.
@@ -67,40 +74,57 @@ impl Leaving {
     /// The container leaves. Whoever tries to end its last move makes way, and is waited for. Error:
     /// `InUse` when it leaves already.
     pub fn enter(&self, name: &str) -> Result<Left> {
-        let mut all = self.book();
-        while let Some(work) = all.get(name) {
+        let mut names = self.book();
+        while let Some(work) = names.at_work.get(name) {
             let way = work.as_ref().ok_or_else(|| moves(name))?;
             way.store(true, Ordering::Release);
-            let waited = self.0.changed.wait(all);
-            all = waited.unwrap_or_else(PoisonError::into_inner);
+            let waited = self.0.changed.wait(names);
+            names = waited.unwrap_or_else(PoisonError::into_inner);
         }
-        all.insert(name.to_owned(), None);
-        drop(all);
+        names.at_work.insert(name.to_owned(), None);
+        drop(names);
         Ok(self.left(name))
     }
 
     /// The last move of the container is to end, unless somebody works on that; set: it makes way.
     fn end(&self, name: &str) -> Option<(Left, Arc<AtomicBool>)> {
-        let mut all = self.book();
-        if all.contains_key(name) {
+        let mut names = self.book();
+        if names.at_work.contains_key(name) {
             return None;
         }
         let way = Arc::new(AtomicBool::new(false));
-        all.insert(name.to_owned(), Some(way.clone()));
-        drop(all);
+        names.at_work.insert(name.to_owned(), Some(way.clone()));
+        drop(names);
         Some((self.left(name), way))
     }
 
     /// Refuses what a move would miss. Error: `InUse`.
     pub fn refuse(&self, name: &str) -> Result<()> {
-        match self.book().get(name) {
+        match self.book().at_work.get(name) {
             Some(None) => Err(moves(name)),
             Some(Some(_)) | None => Ok(()),
         }
     }
 
-    fn book(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<AtomicBool>>>> {
-        self.0.all.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Waits until more than `seen` moves are over, or `stopping`, for `patience` at most. Gives how many
+    /// are.
+    fn wait(&self, seen: u64, patience: Duration, stopping: &AtomicBool) -> u64 {
+        let waits = |names: &mut Names| names.over <= seen && !stopping.load(Ordering::Acquire);
+        let waited = self
+            .0
+            .changed
+            .wait_timeout_while(self.book(), patience, waits);
+        waited.unwrap_or_else(PoisonError::into_inner).0.over
+    }
+
+    /// Who waits looks whether it is to stop.
+    fn wake(&self) {
+        let _names = self.book();
+        self.0.changed.notify_all();
+    }
+
+    fn book(&self) -> MutexGuard<'_, Names> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn left(&self, name: &str) -> Left {
@@ -118,7 +142,11 @@ fn moves(name: &str) -> Error {
 
 impl Drop for Left {
     fn drop(&mut self) {
-        self.all.book().remove(&self.name);
+        let mut names = self.all.book();
+        if let Some(None) = names.at_work.remove(&self.name) {
+            names.over += 1;
+        }
+        drop(names);
         self.all.0.changed.notify_all();
     }
 }
@@ -194,20 +222,36 @@ impl Arrivals {
         tls: Option<Tls>,
         leaving: Leaving,
     ) -> Result<()> {
-        let (disks, stopping) = (self.disks.clone(), self.stopping.clone());
         let destination = self.destination.clone();
+        let ender = Arc::new(Ender {
+            disks: self.disks.clone(),
+            connections,
+            tls,
+            leaving,
+            stopping: self.stopping.clone(),
+        });
         self.spawn("moves", move || {
-            let mut pause = PAUSE_MIN;
-            while !stopping.load(Ordering::Acquire) {
+            let mut at_work: HashMap<String, JoinHandle<()>> = HashMap::new();
+            let mut seen = 0;
+            while !ender.stopping.load(Ordering::Acquire) {
                 destination.clear();
-                pause = match end_all((&disks, &connections), tls.as_ref(), &leaving, &stopping) {
-                    true => PAUSE_MIN,
-                    false => (pause * 2).min(PAUSE_MAX),
-                };
-                let until = Instant::now() + pause;
-                while Instant::now() < until && !stopping.load(Ordering::Acquire) {
-                    std::thread::sleep(LOOK);
+                at_work.retain(|_, thread| !thread.is_finished());
+                // Each by itself: one is fed for hours, and another's destination is gone.
+                for name in ender.sources() {
+                    if at_work.contains_key(&name) {
+                        continue;
+                    }
+                    let (ender, of) = (ender.clone(), name.clone());
+                    let thread = std::thread::Builder::new().name("move".into());
+                    match thread.spawn(move || ender.end(&of)) {
+                        Ok(thread) => drop(at_work.insert(name, thread)),
+                        Err(e) => tracing::error!(error = %e, "no thread to end a move"),
+                    }
                 }
+                seen = ender.leaving.wait(seen, PAUSE_MAX, &ender.stopping);
+            }
+            for thread in at_work.into_values() {
+                drop(thread.join());
             }
         })
     }
@@ -226,6 +270,7 @@ impl Drop for Arrivals {
     fn drop(&mut self) {
         self.stopping.store(true, Ordering::Release);
         self.destination.stop();
+        self.disks.leaving().wake();
         for thread in self.threads.drain(..) {
             drop(thread.join());
         }
@@ -261,43 +306,76 @@ fn attend(destination: &Arc<Destination>, links: &Arc<AtomicUsize>, link: Link) 
     }
 }
 
-/// One try for each move; false while some are left.
-fn end_all(
-    (disks, connections): (&Disks, &Connections),
-    tls: Option<&Tls>,
-    leaving: &Leaving,
-    stopping: &Arc<AtomicBool>,
-) -> bool {
-    let Some(root) = disks.root().filter(|_| !disks.read_only()) else {
-        return true;
-    };
-    let all = match moving::unsettled(root) {
-        Ok(all) => all,
-        Err(e) => {
-            tracing::warn!(error = %e, "containers that move cannot be listed");
-            return false;
-        }
-    };
-    let mut done = true;
-    let sources = all
-        .into_iter()
-        .filter(|(_, r)| rules::verdict(r.state, r.epoch).is_some());
-    for (name, _) in sources {
-        // Nobody begins to move it meanwhile.
-        let Some((_left, way)) = leaving.end(&name) else {
-            continue;
+/// Who ends the moves that were cut, of containers whose source this service is.
+struct Ender {
+    disks: Arc<Disks>,
+    connections: Connections,
+    tls: Option<Tls>,
+    leaving: Leaving,
+    stopping: Arc<AtomicBool>,
+}
+
+impl Ender {
+    /// The containers that have such a move.
+    fn sources(&self) -> Vec<String> {
+        let Some(root) = self.disks.root().filter(|_| !self.disks.read_only()) else {
+            return Vec::new();
         };
-        let said = stopping.clone();
+        let all = moving::unsettled(root).unwrap_or_else(|e| {
+            tracing::warn!(error = %e, "containers that move cannot be listed");
+            Vec::new()
+        });
+        let sources = all.into_iter().filter(|(_, r)| verdict(r).is_some());
+        sources.map(|(name, _)| name).collect()
+    }
+
+    /// Tries until the move has ended.
+    fn end(&self, name: &str) {
+        let mut pause = PAUSE_MIN;
+        while !self.stopping.load(Ordering::Acquire) && self.is_source(name) {
+            let began = Instant::now();
+            if self.try_end(name) {
+                return;
+            }
+            // What went on for long was no vain try.
+            pause = match began.elapsed() > SILENCE {
+                true => PAUSE_MIN,
+                false => pause,
+            };
+            self.leaving.wait(u64::MAX, pause, &self.stopping);
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    fn is_source(&self, name: &str) -> bool {
+        let Some(root) = self.disks.root() else {
+            return false;
+        };
+        let read = root
+            .existing_container(name)
+            .and_then(|dir| owner::read(root.store(), &dir));
+        match read {
+            Ok(record) => record.is_some_and(|r| verdict(&r).is_some()),
+            Err(e) => e.kind() != Kind::NotFound,
+        }
+    }
+
+    /// One try; whether nothing is left to be ended.
+    fn try_end(&self, name: &str) -> bool {
+        // Nobody begins to move it meanwhile.
+        let Some((_left, way)) = self.leaving.end(name) else {
+            return false;
+        };
+        let said = self.stopping.clone();
         let stop: Stop =
             Arc::new(move || said.load(Ordering::Acquire) || way.load(Ordering::Acquire));
-        match settle((disks, connections), &name, tls, stop) {
-            Ok(Settled::Here | Settled::There) => {}
-            Ok(Settled::InDoubt) => done = false,
+        let with = (self.disks.as_ref(), &self.connections);
+        match settle(with, name, self.tls.as_ref(), stop) {
+            Ok(settled) => settled != Settled::InDoubt,
             Err(e) => {
-                done = false;
                 tracing::debug!(container = name, error = %e, "its move has not ended yet");
+                false
             }
         }
     }
-    done
 }

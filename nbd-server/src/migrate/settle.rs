@@ -21,7 +21,7 @@ use crate::export::disks::Door;
 use crate::serve::Connections;
 
 /// How long the other side may be silent.
-const SILENCE: Duration = Duration::from_secs(20);
+pub(super) const SILENCE: Duration = Duration::from_secs(20);
 
 /// For clients to let go of a disk that goes.
 const LET_GO: Duration = Duration::from_secs(30);
@@ -37,16 +37,22 @@ pub enum Settled {
     InDoubt,
 }
 
-/// Where a move's record says that the other side is, and what the container is called there.
-pub(crate) fn peer(record: &Record, container: &str) -> Result<(Address, String)> {
-    let (address, name) = match record.peer.split_once(' ') {
-        Some((name, address)) if snapshots::name::check(name).is_ok() => (address, name),
-        _ => (record.peer.as_str(), container),
-    };
-    Ok((Address::parse(address)?, name.to_owned()))
+/// Where a source's record says that the destination is, and what the container is called there. A
+/// destination's has only who came: that is no place to be asked at.
+fn peer(record: &Record) -> Option<(&str, &str)> {
+    let (name, address) = record.peer.split_once(' ')?;
+    snapshots::name::check(name).ok()?;
+    Some((name, address))
 }
 
-/// A peer as a record has it: [`peer`] reads it.
+/// What this side says of the move; `None` where it is not, or does not know, who is to be told. A
+/// destination that stepped down says nothing.
+pub(super) fn verdict(record: &Record) -> Option<Verdict> {
+    peer(record)?;
+    rules::verdict(record.state, record.epoch)
+}
+
+/// A destination as a source's record has it.
 pub(crate) fn peer_text(address: &Address, name: &str) -> String {
     format!("{name} {address}")
 }
@@ -65,14 +71,14 @@ pub fn settle(
     })?;
     let dir = root.existing_container(container)?;
     let record = owner::read(root.store(), &dir)?;
-    let verdict = record
-        .as_ref()
-        .and_then(|r| rules::verdict(r.state, r.epoch));
-    let (Some(record), Some(verdict)) = (record, verdict) else {
+    let none = || {
         let what = format!("{container} is no source of a move");
-        return Err(Error::new(Kind::NotFound, what).on(dir));
+        Error::new(Kind::NotFound, what).on(&dir)
     };
-    let (address, name) = peer(&record, container)?;
+    let record = record.ok_or_else(none)?;
+    let verdict = verdict(&record).ok_or_else(none)?;
+    let (name, address) = peer(&record).ok_or_else(none)?;
+    let address = Address::parse(address)?;
     if verdict == Verdict::Given {
         // Said only when it is durable, which it was not if the sync of that time failed.
         let mut owner = Owner::open(root.store(), &dir)?
@@ -87,7 +93,7 @@ pub fn settle(
     let hello = Hello {
         version: VERSION,
         id: record.id.to_string(),
-        name,
+        name: name.to_owned(),
         purpose: Purpose::Settle,
         later: false,
         luggage: Luggage::default(),

@@ -95,7 +95,7 @@ pub(super) enum Type {
     Ready = 35,
     /// [`Answer`].
     Answer = 36,
-    /// [`Refusal`]; nothing follows.
+    /// [`Refusal`]; nothing follows, unless it answers `Want`.
     Refused = 37,
     /// `Confirmed` was heard; nothing follows.
     Done = 38,
@@ -174,6 +174,15 @@ pub(super) struct Welcome {
 pub(super) struct Refusal {
     pub(super) kind: String,
     pub(super) what: String,
+}
+
+impl Refusal {
+    pub(super) fn of(e: &Error) -> Refusal {
+        Refusal {
+            kind: e.kind().name().to_owned(),
+            what: e.to_string(),
+        }
+    }
 }
 
 /// [`Verdict`] and [`Answer`] as they are sent.
@@ -408,7 +417,8 @@ impl Wire {
         }
     }
 
-    fn refused(&self) -> Result<Error> {
+    /// The refusal that was read last, as an error.
+    pub(super) fn refused(&self) -> Result<Error> {
         let refusal: Refusal = self.record()?;
         let kind = kind_of(&refusal.kind);
         // Of a length and with characters that a log can bear.

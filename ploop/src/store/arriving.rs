@@ -273,7 +273,8 @@ impl ArrivingStore {
     }
 
     /// Fetches the next bytes that the image at `path` lacks: `budget` at most, [`FETCH_MAX`] at most, a
-    /// granule at least. Writes the record now and then. When nothing is missing, completes the image
+    /// granule at least; one that failed by itself again when all others were tried. Writes the record
+    /// now and then. When nothing is missing, completes the image
     /// and forgets it. Blocks. Errors: the source's; `NoSpace`; `NotFound` where it has a record and is
     /// not registered. After any it may be called again.
     pub fn fill_next(&self, path: &Path, budget: u64) -> Result<Filled> {

@@ -110,11 +110,17 @@ pub fn lay_out(place: &Place<'_>, guid: Guid, runs: &[(u64, u64)]) -> Result<()>
         )));
     }
     let path = place.file_of(image)?;
+    if place.opener().is_arriving(&path)? {
+        return Err(wrong(format!("the image {guid} was told of before")));
+    }
     let top = Arc::new(Top::open(place.store().open(&path, Access::Write)?)?);
     let (size, cluster) = (top.header().size(), top.header().cluster_bytes());
     let mut missing: Vec<Range<u64>> = Vec::new();
     let (mut n, mut before) = (0, 0);
     while let Some(&(offset, _)) = runs.get(n) {
+        if offset >= size {
+            return Err(wrong(format!("data of image {guid} at byte {offset}")));
+        }
         let k = offset / cluster;
         let of = runs[n..].iter().take_while(|r| r.0 / cluster == k).count();
         let mut failed = None;

@@ -2,48 +2,20 @@
 //!
 //! `PLOOP_KILLS=50 cargo test --workspace --test migrate` for a longer run; `PLOOP_SEED` repeats one.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nbd_server::control::model::MigrationPhase;
 use nbd_server::wire::reply::Style;
-use ploop_tests::client::Client;
 use ploop_tests::fsx::env;
 use ploop_tests::holder::Holder;
 use ploop_tests::mount::wait_for;
 
+use super::clients::write;
+use super::proxy::{Flow, HAVE, Proxy};
 use super::sides::{Side, calm, look, moved, settled};
 use super::*;
-
-/// Writes until `done`, and reads what it wrote. Answered is kept: what a kill takes of it the holder
-/// writes again.
-fn write(mut client: Client, bytes: &mut [u8], done: &AtomicBool, seed: u64) -> u64 {
-    let mut rng = Rng(seed);
-    let mut written = 0u64;
-    while !done.load(Ordering::Acquire) || written < 100 {
-        let at = match rng.below(2) {
-            0 => rng.below(16) << 12,
-            _ => rng.below(SIZE >> 12) << 12,
-        };
-        let mut data = [0; 4096];
-        rng.fill(&mut data);
-        client.write(at, &data);
-        bytes[at as usize..][..4096].copy_from_slice(&data);
-        written += 1;
-        match rng.below(20) {
-            0 => client.flush(),
-            1 => {
-                let at = rng.below(SIZE >> 12) << 12;
-                let read = client.read(at, 4096);
-                assert!(read == bytes[at as usize..][..4096], "byte {at} is another");
-            }
-            _ => {}
-        }
-    }
-    client.flush();
-    client.disconnect();
-    written
-}
 
 /// Waits a while; the short ones to the microsecond.
 fn pause(time: Duration) {
@@ -56,111 +28,214 @@ fn pause(time: Duration) {
     }
 }
 
-/// Begins a move from `from`, and waits for the instant of the kill.
-fn under_way(from: &Side, to: &Side, holder: &Holder, rng: &mut Rng) {
-    let freeze = rng.below(4) > 0;
-    let id = begin(from.here(), &address(&to.rig), |m| {
-        m.holder = Some(with_holder(holder, &to.rig));
-        m.freeze = freeze;
-    });
-    if !freeze {
-        return pause(Duration::from_micros(rng.below(60_000)));
+/// Two services, the holder of the clients, and which of the two has the container.
+struct Pair {
+    sides: [Side; 2],
+    /// Before each of them: what follows comes as slowly as a test likes.
+    doors: [Proxy; 2],
+    /// Milliseconds that each piece of what follows takes.
+    slow: Arc<AtomicU64>,
+    holder: Holder,
+    at: usize,
+    rng: Rng,
+    later: bool,
+}
+
+impl Pair {
+    fn new(seed: u64, later: bool) -> (Pair, Vec<u8>) {
+        let mut sides = [Side::new(), Side::new()];
+        let bytes = store(&sides[0].rig);
+        import(&sides[1].rig);
+        sides.iter_mut().for_each(Side::start);
+        let slow = Arc::new(AtomicU64::new(0));
+        let doors = [0, 1].map(|n: usize| {
+            let (proxy, slow) = (Proxy::new(&socket(&sides[n].rig)), slow.clone());
+            proxy.judge(move |frame| {
+                if frame.kind() == HAVE {
+                    std::thread::sleep(Duration::from_millis(slow.load(Ordering::Acquire)));
+                }
+                Flow::Pass
+            });
+            proxy
+        });
+        let holder = Holder::start(&nbd(&sides[0].rig), &[]);
+        let pair = Pair {
+            sides,
+            doors,
+            slow,
+            holder,
+            at: 0,
+            rng: Rng(seed),
+            later,
+        };
+        (pair, bytes)
     }
-    let api = from.here().api();
-    let path = resource(&["jobs", &id.to_string()]);
-    wait_for("the freeze", || {
-        let job: Job = api.get(&path).unwrap();
-        assert!(!job.state.is_over(), "{job:?}");
-        job.migration
-            .is_some_and(|m| m.phase == MigrationPhase::Freeze)
+
+    fn request(&self, to: usize, m: &mut Migrate) {
+        m.holder = Some(with_holder(&self.holder, &self.sides[to].rig));
+        m.post_copy = self.later;
+    }
+
+    /// Begins a move, and waits for the instant of the kill.
+    fn under_way(&mut self, from: usize, to: usize) {
+        // What comes before the hand-over is the same in both.
+        let freeze = self.rng.below(if self.later { 20 } else { 4 }) > 0;
+        let (source, door) = (self.sides[from].here(), self.doors[to].address());
+        let id = begin(source, &door, |m| {
+            self.request(to, m);
+            m.freeze = freeze;
+        });
+        if !freeze {
+            return pause(Duration::from_micros(self.rng.below(60_000)));
+        }
+        let api = source.api();
+        let path = resource(&["jobs", &id.to_string()]);
+        wait_for("the freeze", || {
+            let job: Job = api.get(&path).unwrap();
+            assert!(!job.state.is_over(), "{job:?}");
+            job.migration
+                .is_some_and(|m| m.phase == MigrationPhase::Freeze)
+        });
+        let frozen = resource(&["containers", "ct", "migrate", "frozen"]);
+        let _: serde_json::Value = api.post(&frozen, &serde_json::json!({})).unwrap();
+        let (source, destination) = (&self.sides[from], &self.sides[to]);
+        let until = Instant::now() + Duration::from_millis(500);
+        let wait = |there: &dyn Fn() -> bool| while !there() && Instant::now() < until {};
+        // Its data follows: all of it, some of it, nothing any more.
+        if self.later && self.rng.below(3) > 0 {
+            wait(&|| destination.state() == "taken");
+            let left = destination.lacks() / 4 * self.rng.below(5);
+            wait(&|| destination.lacks() <= left);
+            return pause(Duration::from_micros(self.rng.below(5_000)));
+        }
+        // Any instant, or one of the few in which the container changes hands.
+        let states = [
+            (source, "offered"),
+            (destination, "ready"),
+            (source, "given"),
+            (destination, "taken"),
+        ];
+        let Some((side, state)) = states.get(self.rng.below(6) as usize) else {
+            let limit = [2_000, 5_000, 20_000, 80_000][self.rng.below(4) as usize];
+            return pause(Duration::from_micros(self.rng.below(limit)));
+        };
+        wait(&|| side.state() == *state);
+        let limit = [1, 300, 2_000][self.rng.below(3) as usize];
+        pause(Duration::from_micros(self.rng.below(limit)));
+    }
+
+    fn kill(&mut self, victim: usize, from: usize, to: usize) {
+        self.sides[victim].kill();
+        look(&self.sides[from], &self.sides[to]);
+        pause(Duration::from_micros(self.rng.below(3_000)));
+    }
+
+    /// Its clients wait where it is.
+    fn hold_to(&self, side: usize) {
+        self.holder.move_to(&nbd(&self.sides[side].rig));
+    }
+
+    /// One move under kills of `victims`, one after the other, and the next one without.
+    fn round(&mut self, victims: &[usize]) {
+        let (from, to) = (self.at, 1 - self.at);
+        let slow = self.rng.below(10);
+        self.slow.store(slow, Ordering::Release);
+        self.under_way(from, to);
+        for victim in victims {
+            self.kill(*victim, from, to);
+        }
+        let left = [from, to].map(|n| self.sides[n].state());
+        let lacks = self.sides[to].lacks();
+        // A side that drops what it has would end them.
+        match victims.contains(&from) {
+            true => self.hold_to([to, from][usize::from(self.sides[from].owns())]),
+            // In post-copy it does not end before the destination is there again.
+            false => wait_for("the end of the job", || {
+                look(&self.sides[from], &self.sides[to]);
+                let jobs = self.sides[from].here().jobs();
+                jobs.iter().all(|j| j.state.is_over())
+            }),
+        }
+        for victim in victims {
+            self.sides[*victim].start();
+            look(&self.sides[from], &self.sides[to]);
+        }
+        // Again and again, while its data follows.
+        let mut again = 0;
+        while self.later && again < 3 && self.sides[to].lacks() > 0 && self.rng.below(3) > 0 {
+            wait_for("one owner", || {
+                self.sides[from].owns() || self.sides[to].owns()
+            });
+            if self.sides[from].owns() {
+                break;
+            }
+            self.hold_to(to);
+            pause(Duration::from_millis(self.rng.below(400)));
+            let victim = self.rng.below(2) as usize;
+            self.kill(victim, from, to);
+            self.sides[victim].start();
+            look(&self.sides[from], &self.sides[to]);
+            again += 1;
+        }
+        if settled(&self.sides[from], &self.sides[to]) {
+            self.at = to;
+        }
+        let at = self.at;
+        println!(
+            "kill {victims:?} of {from} -> {to}: {left:?}, {lacks} bytes to come, {again} more kills, now at {at}"
+        );
+        assert_eq!(self.sides[at].lacks(), 0);
+        self.hold_to(at);
+        self.slow.store(0, Ordering::Release);
+        let next = 1 - at;
+        let door = self.doors[next].address();
+        moved(&self.sides[at], &door, |m| self.request(next, m));
+        look(&self.sides[at], &self.sides[next]);
+        self.at = next;
+        self.sides.iter().for_each(|s| calm(s.here()));
+    }
+}
+
+fn kills(later: bool) {
+    let seed = env("PLOOP_SEED", 1);
+    println!("PLOOP_SEED={seed}");
+    let (pair, mut bytes) = Pair::new(seed, later);
+    let done = AtomicBool::new(false);
+    let (at, sides) = std::thread::scope(|scope| {
+        let client = pair.holder.open("ct", Style::Structured);
+        let writer = scope.spawn(|| write(client, &mut bytes, &done, seed));
+        // The holder goes when this fails, and the writer with it.
+        let mut pair = pair;
+        for round in 0..env("PLOOP_KILLS", 6) {
+            assert!(!writer.is_finished(), "{}", pair.holder.log());
+            let (from, to) = (pair.at, 1 - pair.at);
+            match round % 4 {
+                0 => pair.round(&[from]),
+                1 => pair.round(&[to]),
+                2 => pair.round(&[from, to]),
+                _ => pair.round(&[to, from]),
+            }
+        }
+        done.store(true, Ordering::Release);
+        println!("{} writes", writer.join().unwrap());
+        (pair.at, pair.sides)
     });
-    let frozen = resource(&["containers", "ct", "migrate", "frozen"]);
-    let _: serde_json::Value = api.post(&frozen, &serde_json::json!({})).unwrap();
-    // Any instant, or one of the few in which the container changes hands.
-    let states = [
-        (from, "offered"),
-        (to, "ready"),
-        (from, "given"),
-        (to, "taken"),
-    ];
-    let Some((side, state)) = states.get(rng.below(6) as usize) else {
-        let limit = [2_000, 5_000, 20_000, 80_000][rng.below(4) as usize];
-        return pause(Duration::from_micros(rng.below(limit)));
-    };
-    let until = Instant::now() + Duration::from_millis(500);
-    while side.state() != *state && Instant::now() < until {}
-    let limit = [1, 300, 2_000][rng.below(3) as usize];
-    pause(Duration::from_micros(rng.below(limit)));
+    assert!(content(sides[at].here(), "ct") == bytes);
+    for mut side in sides {
+        side.daemon.take().unwrap().stop();
+    }
 }
 
 /// Goal: at most one side has it at any time, one of them has it in the end, nothing that was answered
 /// is lost, and the next move succeeds.
 #[test]
 fn either_side_may_be_killed_at_any_time() {
-    let seed = env("PLOOP_SEED", 1);
-    println!("PLOOP_SEED={seed}");
-    let mut rng = Rng(seed);
-    let mut sides = [Side::new(), Side::new()];
-    let mut bytes = store(&sides[0].rig);
-    import(&sides[1].rig);
-    sides.iter_mut().for_each(Side::start);
-    let holder = Holder::start(&nbd(&sides[0].rig), &[]);
-    let done = AtomicBool::new(false);
-    let mut at = 0;
-    std::thread::scope(|scope| {
-        let client = holder.open("ct", Style::Structured);
-        let writer = scope.spawn(|| write(client, &mut bytes, &done, seed));
-        // It goes when this fails, and the writer with it.
-        let holder = holder;
-        for round in 0..env("PLOOP_KILLS", 6) {
-            let (from, to) = (at, 1 - at);
-            assert!(!writer.is_finished(), "{}", holder.log());
-            under_way(&sides[from], &sides[to], &holder, &mut rng);
-            let victims: &[usize] = match round % 4 {
-                0 => &[from],
-                1 => &[to],
-                2 => &[from, to],
-                _ => &[to, from],
-            };
-            for victim in victims {
-                sides[*victim].kill();
-                look(&sides[from], &sides[to]);
-                pause(Duration::from_micros(rng.below(3_000)));
-            }
-            let left = (sides[from].state(), sides[to].state());
-            // Its clients wait where it is, or will be: a side that drops what it has would end them.
-            match victims.contains(&from) {
-                true => {
-                    let has = [to, from][usize::from(sides[from].owns())];
-                    holder.move_to(&nbd(&sides[has].rig));
-                }
-                false => wait_for("the end of the job", || {
-                    look(&sides[from], &sides[to]);
-                    sides[from].here().jobs().iter().all(|j| j.state.is_over())
-                }),
-            }
-            for victim in victims {
-                sides[*victim].start();
-                look(&sides[from], &sides[to]);
-            }
-            if settled(&sides[from], &sides[to]) {
-                at = to;
-            }
-            println!("round {round}: kill {victims:?} of {from} -> {to}: {left:?}, now at {at}");
-            holder.move_to(&nbd(&sides[at].rig));
-            let other = 1 - at;
-            moved(&sides[at], &address(&sides[other].rig), |m| {
-                m.holder = Some(with_holder(&holder, &sides[other].rig));
-            });
-            look(&sides[at], &sides[other]);
-            at = other;
-            sides.iter().for_each(|s| calm(s.here()));
-        }
-        done.store(true, Ordering::Release);
-        println!("{} writes", writer.join().unwrap());
-    });
-    assert!(content(sides[at].here(), "ct") == bytes);
-    for mut side in sides {
-        side.daemon.take().unwrap().stop();
-    }
+    kills(false);
+}
+
+/// Goal: the same where the data follows; and the source does not drop it before it is there. What has
+/// not come is never another's, nor zeros.
+#[test]
+fn either_side_may_be_killed_while_data_follows() {
+    kills(true);
 }

@@ -9,11 +9,12 @@ use ploop_tests::holder::Holder;
 use ploop_tests::mount::wait_for;
 use ploop_tests::store::Rig;
 
+use super::clients::write;
 use super::proxy::{ANSWER, Flow, Proxy};
 use super::*;
 
 /// Moves `ct` that way; the job.
-fn post_copy(from: &Daemon, to: &str, change: impl FnOnce(&mut Migrate)) -> u64 {
+pub(crate) fn post_copy(from: &Daemon, to: &str, change: impl FnOnce(&mut Migrate)) -> u64 {
     begin(from, to, |m| {
         m.post_copy = true;
         change(m);
@@ -32,29 +33,8 @@ fn a_client_reads_what_has_not_arrived() {
     let holder = Holder::start(&nbd(&a), &[]);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            let mut client = holder.open("ct", Style::Structured);
-            let mut rng = Rng(23);
-            let mut written = 0u64;
-            while !done.load(Ordering::Acquire) || written < 200 {
-                let at = rng.below((SIZE >> 9) - 16) << 9;
-                let len = (1 + rng.below(16)) << 9;
-                let mut data = vec![0; len as usize];
-                rng.fill(&mut data);
-                client.write(at, &data);
-                bytes[at as usize..][..data.len()].copy_from_slice(&data);
-                written += 1;
-                if rng.below(4) == 0 {
-                    let at = rng.below((SIZE >> 9) - 256) << 9;
-                    let read = client.read(at, 128 << 9);
-                    assert!(read == bytes[at as usize..][..128 << 9], "byte {at}");
-                }
-                if rng.below(50) == 0 {
-                    client.flush();
-                }
-            }
-            client.disconnect();
-        });
+        let client = holder.open("ct", Style::Structured);
+        let writer = scope.spawn(|| write(client, &mut bytes, &done, 23));
         for round in 0..4 {
             let (from, rig) = match round % 2 {
                 0 => (&here, &b),
@@ -137,10 +117,7 @@ fn what_has_not_arrived_is_waited_for() {
     let (there, read) = reader.join().unwrap();
     assert!(read == bytes);
     wait_for("nothing is missing", || {
-        // Merges begin then, and take images away that it looks at.
-        let info = b.ploop().args(["info", "ct", "--json"]).output().unwrap();
-        let shown = serde_json::from_slice::<serde_json::Value>(&info.stdout);
-        info.status.success() && shown.is_ok_and(|s| s["move"].is_null())
+        b.json(["info", "ct", "--json"])["move"].is_null()
     });
     wait_for("nothing is left", || {
         let info = a.ploop().args(["info", "ct"]).output().unwrap();

@@ -8,8 +8,10 @@
     reason = "in tests a panic with a line number is the report"
 )]
 
+mod clients;
 mod damage;
 mod doubt;
+mod fed;
 mod killed;
 mod later;
 mod mounted;

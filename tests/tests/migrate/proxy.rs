@@ -13,8 +13,11 @@ use tempfile::TempDir;
 /// Frames, by their types.
 pub(crate) const PREPARE: u8 = 8;
 pub(crate) const SAYS: u8 = 9;
+pub(crate) const HAVE: u8 = 13;
 pub(crate) const READY: u8 = 35;
 pub(crate) const ANSWER: u8 = 36;
+pub(crate) const REFUSED: u8 = 37;
+pub(crate) const WANT: u8 = 39;
 
 /// Which way a frame goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

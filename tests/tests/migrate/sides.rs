@@ -1,8 +1,10 @@
 //! Two services, and who of them has `ct`.
 
 use nbd_server::control::model::JobState;
+use ploop::Kind;
 use ploop::owner::{self, Record};
 use ploop::store::RealStore;
+use ploop::store::arriving::Missing;
 use ploop_tests::client::Client;
 use ploop_tests::daemon::Daemon;
 use ploop_tests::mount::wait_for;
@@ -70,6 +72,18 @@ impl Side {
         }
     }
 
+    /// Bytes that it lacks, of which it knows that.
+    pub(crate) fn lacks(&self) -> u64 {
+        let store = RealStore::shared();
+        let images = Missing::images(store.as_ref(), &self.dir("ct"));
+        let missing = |image: PathBuf| match Missing::bytes(store.as_ref(), &image) {
+            // It went under our eyes.
+            Err(e) if e.kind() == Kind::NotFound => 0,
+            bytes => bytes.unwrap(),
+        };
+        images.map_or(0, |all| all.into_iter().map(missing).sum())
+    }
+
     /// By its files it may be opened for writing.
     pub(crate) fn owns(&self) -> bool {
         let there = self.has("ct");
@@ -122,7 +136,8 @@ pub(crate) fn calm(daemon: &Daemon) {
     assert!(!log.contains("panicked"), "{log}");
 }
 
-/// Never both. The destination is asked first: it has it only after the source has given it up.
+/// Never both, and the source does not drop what the destination lacks. The destination is asked first:
+/// it has it only after the source has given it up.
 pub(crate) fn look(source: &Side, destination: &Side) {
     for asks in [Side::owns, Side::serves] {
         let there = asks(destination);
@@ -133,6 +148,9 @@ pub(crate) fn look(source: &Side, destination: &Side) {
             source.state(),
             destination.state()
         );
+    }
+    if !source.has("ct") {
+        assert_eq!(destination.lacks(), 0, "what it lacks is gone");
     }
 }
 

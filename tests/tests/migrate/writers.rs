@@ -8,6 +8,7 @@ use ploop_tests::daemon::Daemon;
 use ploop_tests::holder::Holder;
 use ploop_tests::store::Rig;
 
+use super::clients::write;
 use super::*;
 
 /// Goal: a client that writes throughout loses nothing, whatever was flushed. Method: one that knows
@@ -21,34 +22,8 @@ fn a_client_that_writes_throughout_loses_nothing() {
     let holder = Holder::start(&nbd(&a), &[]);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            let mut client = holder.open("ct", Style::Structured);
-            let mut rng = Rng(11);
-            let mut written = 0u64;
-            while !done.load(Ordering::Acquire) || written < 100 {
-                // Half of it in one place, as a journal would be.
-                let at = match rng.below(2) {
-                    0 => rng.below(16) << 12,
-                    _ => rng.below(SIZE >> 12) << 12,
-                };
-                let mut data = [0; 4096];
-                rng.fill(&mut data);
-                client.write(at, &data);
-                bytes[at as usize..][..4096].copy_from_slice(&data);
-                written += 1;
-                match rng.below(20) {
-                    0 => client.flush(),
-                    1 => {
-                        let at = rng.below(SIZE >> 12) << 12;
-                        let read = client.read(at, 4096);
-                        assert!(read == bytes[at as usize..][..4096], "byte {at}");
-                    }
-                    _ => {}
-                }
-            }
-            client.disconnect();
-            written
-        });
+        let client = holder.open("ct", Style::Structured);
+        let writer = scope.spawn(|| write(client, &mut bytes, &done, 11));
         for round in 0..4 {
             let (from, to, rig) = match round % 2 {
                 0 => (&here, &b, &b),

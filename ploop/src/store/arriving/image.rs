@@ -55,6 +55,8 @@ struct State {
     left: u64,
     /// None below is missing.
     low: u64,
+    /// Where the background looks first: behind what could not be had.
+    from: u64,
     /// Being fetched, each by one.
     flying: Vec<Range<u64>>,
     /// Pages that say less than the record, as the record has them.
@@ -111,7 +113,7 @@ impl State {
             self.missing.add(n, &page);
         }
         self.left = self.missing.count();
-        self.low = 0;
+        (self.low, self.from) = (0, 0);
         self.unsaved = 0;
     }
 }
@@ -146,6 +148,7 @@ impl Image {
             left: missing.count(),
             missing,
             low: 0,
+            from: 0,
             flying: Vec::new(),
             saved: BTreeMap::new(),
             unsaved: 0,
@@ -326,7 +329,7 @@ impl Image {
     }
 
     /// Fetches the next missing bytes, `budget` at most and a granule at least. Completes the image
-    /// when there are none.
+    /// when there are none. A granule that cannot be had, asked for alone, waits until the rest was tried.
     pub(super) fn fill_next(&self, budget: u64, names: &Mutex<()>) -> Result<Filled> {
         if self.is_whole() {
             return Ok(Filled::Done);
@@ -334,11 +337,14 @@ impl Image {
         let most = (budget.min(FETCH_MAX) / GRANULE).max(1);
         let mut state = lock(&self.state);
         let all = state.missing.len();
-        let Some(first) = state.missing.next_set(state.low, all) else {
+        let Some(low) = state.missing.next_set(state.low, all) else {
             drop(state);
             return self.complete(names);
         };
-        state.low = first;
+        state.low = low;
+        let first = state.missing.next_set(state.from.max(low), all);
+        let first = first.unwrap_or(low);
+        state.from = first;
         // The first that nobody fetches.
         let mut at = first;
         let run = loop {
@@ -357,7 +363,14 @@ impl Image {
             return Ok(Filled::More);
         };
         drop(state);
-        self.fetch(&Flight { image: self, run })?.1?;
+        let flight = Flight { image: self, run };
+        if let Err(e) = self.fetch(&flight).and_then(|(_, kept)| kept) {
+            if flight.run.end - flight.run.start == 1 {
+                lock(&self.state).from = flight.run.end;
+            }
+            return Err(e);
+        }
+        drop(flight);
         if lock(&self.state).unsaved >= CHECKPOINT {
             self.checkpoint()?;
         }

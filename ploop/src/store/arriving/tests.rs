@@ -522,3 +522,52 @@ fn who_does_not_fetch_is_refused() {
             .is_empty()
     );
 }
+
+/// A source that cannot read one granule.
+#[derive(Debug)]
+struct Holed {
+    origin: Origin,
+    bad: u64,
+}
+
+impl Fetch for Holed {
+    fn fetch(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        if (offset..offset + buf.len() as u64).contains(&self.bad) {
+            return Err(Error::new(Kind::Io, "a bad block"));
+        }
+        self.origin.fetch(offset, buf)
+    }
+}
+
+/// Goal: what the source cannot read keeps nothing else from coming.
+#[test]
+fn all_but_what_cannot_be_had_comes() {
+    let memory = MemoryStore::new();
+    memory.create_dir(Path::new(DISK)).unwrap();
+    let bytes = noise(LEN, &mut Random(5));
+    partial(&memory, &bytes, std::slice::from_ref(&(0..LEN)));
+    let store = ArrivingStore::new(Arc::new(memory.clone()));
+    let holed = Holed {
+        origin: Origin::of(bytes.clone()),
+        bad: 70 * GRANULE,
+    };
+    store.register(Path::new(IMAGE), Arc::new(holed)).unwrap();
+    let mut budget = 32 * GRANULE;
+    let mut failed = 0;
+    while store.remaining(Path::new(IMAGE)) > GRANULE {
+        match store.fill_next(Path::new(IMAGE), budget) {
+            Ok(filled) => {
+                assert_eq!(filled, Filled::More);
+                budget = 32 * GRANULE;
+            }
+            Err(_) => (budget, failed) = (GRANULE, failed + 1),
+        }
+        assert!(failed < 100, "the rest does not come");
+    }
+    assert!(store.fill_next(Path::new(IMAGE), GRANULE).is_err());
+    let file = store.open(Path::new(IMAGE), Access::Read).unwrap();
+    let mut read = vec![0; 4];
+    file.read_at(&mut read, 71 * GRANULE).unwrap();
+    assert!(read == bytes[71 * GRANULE as usize..][..4]);
+    assert!(file.read_at(&mut read, 70 * GRANULE).is_err());
+}
