@@ -70,6 +70,8 @@ struct World {
     snapshots: BTreeMap<String, Vec<u32>>,
     named: u32,
     tally: BTreeMap<&'static str, u32>,
+    /// What was done in this round and the one before.
+    lately: [Vec<String>; 2],
 }
 
 impl World {
@@ -85,6 +87,7 @@ impl World {
             snapshots: BTreeMap::new(),
             named: 0,
             tally: BTreeMap::new(),
+            lately: Default::default(),
         };
         for granularity in GRANULARITIES {
             world.start(granularity);
@@ -97,8 +100,9 @@ impl World {
         format!("{first}{}", self.named)
     }
 
-    fn did(&mut self, what: &'static str) {
+    fn did(&mut self, what: &'static str, to: impl std::fmt::Display) {
         *self.tally.entry(what).or_default() += 1;
+        self.lately[1].push(format!("{what} {to}"));
     }
 
     fn any(&mut self, of: &[String]) -> String {
@@ -110,8 +114,8 @@ impl World {
         let size = granularity.to_string();
         self.rig
             .run(["tracker", "start", "ct", &name, "--granularity", &size]);
+        self.did("started", format_args!("{name} of {granularity}"));
         self.trackers.insert(name, Truth::new(granularity));
-        self.did("started");
     }
 
     fn stop(&mut self) {
@@ -119,7 +123,7 @@ impl World {
         let name = self.any(&names);
         self.rig.run(["tracker", "stop", "ct", &name]);
         self.trackers.remove(&name);
-        self.did("stopped");
+        self.did("stopped", name);
     }
 
     fn clear(&mut self) {
@@ -127,8 +131,8 @@ impl World {
         let name = self.any(&names);
         self.rig.run(["tracker", "clear", "ct", &name]);
         let new = Truth::new(self.trackers[&name].granularity);
+        self.did("cleared", &name);
         self.trackers.insert(name, new);
-        self.did("cleared");
     }
 
     /// One is added to another of its granularity, where there are two.
@@ -146,12 +150,12 @@ impl World {
             let from = &self.trackers[&from];
             (from.must.clone(), from.may.clone())
         };
+        self.did("merged", format_args!("{from} into {into}"));
         let into = self.trackers.get_mut(into).unwrap();
         let add =
             |to: &mut [bool], more: &[bool]| to.iter_mut().zip(more).for_each(|(t, m)| *t |= m);
         add(&mut into.must, &must);
         add(&mut into.may, &may);
-        self.did("merged");
     }
 
     fn write(&mut self, client: &mut Client) {
@@ -163,11 +167,12 @@ impl World {
             let reply = client.ask(Ask::new(kind::WRITE_ZEROES, 0, at..at + len));
             assert_eq!(reply.error, 0, "{}", reply.text);
             self.now[sectors].fill(0);
-            self.did("zeroed");
+            self.did("zeroed", format_args!("{at}, {len}"));
         } else {
             client.write(at, &self.writes.to_le_bytes().repeat((len / 4) as usize));
             self.now[sectors].fill(self.writes);
-            self.did("written");
+            let stamp = self.writes;
+            self.did("written", format_args!("{at}, {len}: {stamp}"));
         }
         self.trackers.values_mut().for_each(|t| t.written(at, len));
     }
@@ -175,8 +180,8 @@ impl World {
     fn snapshot(&mut self, daemon: &Daemon) {
         let name = self.name('s');
         take(&daemon.api(), "ct", &name);
+        self.did("snapshots", &name);
         self.snapshots.insert(name, self.now.clone());
-        self.did("snapshots");
     }
 
     /// A snapshot goes, and its images are merged under the client.
@@ -185,7 +190,7 @@ impl World {
         let name = self.any(&names);
         self.rig.run(["snapshot", "delete", "ct", &name]);
         self.snapshots.remove(&name);
-        self.did("snapshots deleted");
+        self.did("snapshots deleted", name);
     }
 
     /// What reads otherwise than before must be there; a switch may say so of more.
@@ -205,7 +210,7 @@ impl World {
         }
         self.trackers.values_mut().for_each(|t| t.may.fill(true));
         self.now = then;
-        self.did("switched");
+        self.did("switched", name);
     }
 
     fn step(&mut self, daemon: &Daemon, client: &mut Client) {
@@ -316,6 +321,23 @@ fn no_life_of_a_container_makes_a_tracker_lie() {
     let seed = env("PLOOP_TRACKER_SEED", 1);
     let end = Instant::now() + Duration::from_secs(env("PLOOP_TRACKER_SECONDS", 10));
     let mut world = World::new(seed);
+    let run = std::panic::AssertUnwindSafe(|| live(&mut world, seed, end));
+    if let Err(failed) = std::panic::catch_unwind(run) {
+        let lately = world.lately.concat().join("\n");
+        println!(
+            "{lately}\nthe store stays at {}",
+            world.rig.root().display()
+        );
+        std::mem::forget(world);
+        std::panic::resume_unwind(failed);
+    }
+    println!("{:?}", world.tally);
+    // Clean, or as the last kill left it.
+    let checked = world.rig.ploop().args(["check", "ct"]).output().unwrap();
+    assert!(matches!(checked.status.code(), Some(0 | 1)), "{checked:?}");
+}
+
+fn live(world: &mut World, seed: u64, end: Instant) {
     let (mut rounds, mut killed) = (0, true);
     while rounds < 12 || Instant::now() < end {
         let at = |what: &str| format!("PLOOP_TRACKER_SEED={seed}, round {rounds}, {what}");
@@ -331,7 +353,7 @@ fn no_life_of_a_container_makes_a_tracker_lie() {
         if killed {
             daemon.kill();
             world.trackers.values_mut().for_each(|t| t.may.fill(true));
-            world.did("killed");
+            world.did("killed", rounds);
         } else {
             client.disconnect();
             let log = daemon.stop();
@@ -341,10 +363,8 @@ fn no_life_of_a_container_makes_a_tracker_lie() {
                 world.hold_stored(&at("switched"));
             }
         }
+        world.lately.rotate_left(1);
+        world.lately[1].clear();
         rounds += 1;
     }
-    println!("{rounds} rounds: {:?}", world.tally);
-    // Clean, or as the last kill left it.
-    let checked = world.rig.ploop().args(["check", "ct"]).output().unwrap();
-    assert!(matches!(checked.status.code(), Some(0 | 1)), "{checked:?}");
 }

@@ -55,6 +55,10 @@ fn a_client_reads_what_has_not_arrived() {
     assert!(content(&here, "ct@before") == before);
     drop(holder);
     b.refused(3, ["info", "ct"], &["ct"]);
+    // What the moves left to be merged.
+    wait_for("the merges", || {
+        here.jobs().iter().all(|j| j.state.is_over())
+    });
     here.stop();
     a.run(["check", a.root().join("containers/ct").to_str().unwrap()]);
 }
