@@ -30,7 +30,9 @@ pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
         let (iops, bps) = (s.iops.unwrap_or(0), s.bps.unwrap_or(0));
         disks.throttle().set_store(iops, bps);
         disks.watch_space(&s.space)?;
-        return run_disks(disks, &absolute(&control)?, Some(&dir), limit, s);
+        let served = run_disks(disks.clone(), &absolute(&control)?, Some(&dir), limit, s);
+        let closed = disks.wait_all_closed();
+        return served.and(closed);
     };
     let (source, options) = super::locate(root, text, &s.from)?;
     let write = !s.read_only && source.snapshot.is_none();
@@ -72,9 +74,11 @@ pub(crate) fn serve(root: &Path, s: &args::Serve) -> Result<()> {
     disks.watch_space(&s.space)?;
     // Open as long as it is served: whoever is refused is told at once, and nobody else takes it.
     let held = disks.keep_open()?;
-    let served = run_disks(disks, &control, None, limit, s);
+    let served = run_disks(disks.clone(), &control, None, limit, s);
     let closed = held.disk().close();
-    served.and(closed)
+    drop(held);
+    let all = disks.wait_all_closed();
+    served.and(closed).and(all)
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -161,7 +161,8 @@ fn run(args: &Args) -> Result<()> {
     let served = server.run_until_signal(|| announce(&places), end);
     // Now that nobody asks for it any more.
     drop(coming);
-    served
+    let closed = disks.wait_all_closed();
+    served.and(closed)
 }
 
 fn tls(args: &Args) -> Result<Option<Tls>> {

@@ -145,7 +145,7 @@ fn a_merge_that_was_cut_goes_on_when_the_container_is_opened() {
         drop(client);
         match kill {
             true => daemon.kill(),
-            false => daemon.stop(),
+            false => drop(daemon.stop()),
         }
         let ended = merge.wait_with_output().unwrap();
         assert!(!kill || !ended.status.success(), "{ended:?}");

@@ -28,7 +28,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ploop::account::Account;
 use ploop::descriptor::{Guid, Temporary};
@@ -49,6 +49,9 @@ use completer::Completer;
 use descriptors::{explain_limit, keep_reserve};
 pub use names::TEMPLATE;
 use names::{Meant, no_export};
+
+/// For a close to end: of what is to be made complete and durable there may be much.
+const CLOSES: Duration = Duration::from_secs(300);
 
 /// Where disks are.
 #[derive(Debug)]
@@ -389,17 +392,30 @@ impl Disks {
 
     /// Waits until `container`'s live disk is closed, `patience` at most: false when it is not.
     pub fn wait_closed(&self, door: &Door, patience: Duration) -> bool {
-        let end = Instant::now() + patience;
-        let mut names = self.table.lock();
-        while names.open.contains_key(&door.name) {
-            let now = Instant::now();
-            if now >= end {
-                return false;
-            }
-            let waited = self.table.changed.wait_timeout(names, end - now);
-            names = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let open = |names: &mut Names| names.open.contains_key(&door.name);
+        let (names, changed) = (self.table.lock(), &self.table.changed);
+        let waited = changed.wait_timeout_while(names, patience, open);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// Waits until every disk is closed: for a service that ends, and lets go of none itself behind this.
+    /// Whoever looks at a disk in the background (the completer) may be the last to let go of it, and
+    /// closes it then. Error: `InUse` when one is open five minutes later.
+    pub fn wait_all_closed(&self) -> Result<()> {
+        let open = |names: &mut Names| !names.open.is_empty();
+        let (names, changed) = (self.table.lock(), &self.table.changed);
+        let waited = changed.wait_timeout_while(names, CLOSES, open);
+        let (names, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if !waited.timed_out() {
+            return Ok(());
         }
-        true
+        let open: Vec<&str> = names.open.keys().map(String::as_str).collect();
+        let what = format!(
+            "still open at the end of the service: {}. What its clients were answered and did not flush \
+             may be lost",
+            open.join(", ")
+        );
+        Err(Error::new(Kind::InUse, what))
     }
 
     fn opener(&self) -> &Opener {
