@@ -8,12 +8,13 @@ use ploop::descriptor::{Descriptor, Guid, Temporary};
 use ploop::device::Device;
 use ploop::disk::open::{OpenOptions, Opener, Source};
 use ploop::format::ploop::Version;
-use ploop::store::arriving::{ArrivingStore, Fetch, Filled, begin};
+use ploop::store::arriving::{ArrivingStore, Fetch, Filled, Missing, begin};
 use ploop::store::memory::MemoryStore;
 use ploop::store::{Access, Store, read_exact};
 use snapshots::delete::{self, Deleted};
 use snapshots::export::export_disk;
 use snapshots::merge::Progress;
+use snapshots::moving::later;
 use snapshots::place::Place;
 use snapshots::snapshot::Live;
 use snapshots::store::Root;
@@ -320,4 +321,32 @@ fn a_check_says_that_it_arrives() {
             .unwrap()
             .is_empty()
     );
+}
+
+/// Goal: what a peer says of an image's data is refused where no image can have it, and nothing is told
+/// twice: what was missing by the first word would pass for zeros.
+#[test]
+fn runs_that_no_image_has_are_refused() {
+    let store = MemoryStore::new();
+    let host = Host::on(Arc::new(store.clone()));
+    host.init(Version::V2);
+    host.snap("a");
+    let node = host.place().descriptor().unwrap().images[0].guid;
+    let size = host.shows(None).unwrap().len() as u64;
+    for runs in [
+        &[(u64::MAX / 4096 * 4096, 4096)][..],
+        &[(size, 0)],
+        &[(size - 4096, 8192)],
+        &[(0, u64::MAX)],
+        &[(1, 4096)],
+        &[(0, 0), (4096, 4096)],
+    ] {
+        let refused = later::lay_out(&host.place(), node, runs);
+        assert_eq!(kind(refused), Kind::Corrupt, "{runs:?}");
+    }
+    later::lay_out(&host.place(), node, &[(CLUSTER, 4096)]).unwrap();
+    let refused = later::lay_out(&host.place(), node, &[(3 * CLUSTER, 4096)]);
+    assert_eq!(kind(refused), Kind::Corrupt);
+    let path = path_of(&host.place().descriptor().unwrap(), DIR, node);
+    assert_eq!(Missing::bytes(&store, &path).unwrap(), 4096);
 }

@@ -171,3 +171,57 @@ fn what_the_source_cannot_read_is_missing_alone() {
         side.daemon.take().unwrap().stop();
     }
 }
+
+/// Goal: a container whose source is gone is a stall to its own clients, and to nobody else.
+#[test]
+fn who_waits_for_a_source_keeps_nobody_else_waiting() {
+    let (mut a, mut b) = (Side::new(), Side::new());
+    store(&a.rig);
+    import(&b.rig);
+    b.rig.run(["create", "other", "--template", "base"]);
+    a.start();
+    b.start();
+    let mut client = a.here().open("ct");
+    client.write(0, &vec![1; 8 << 20]);
+    client.disconnect();
+    let proxy = Proxy::new(&socket(&b.rig));
+    proxy.stop_at(ANSWER, Flow::Last);
+    let id = post_copy(a.here(), &proxy.address(), |_| ());
+    let job: ploop::Result<Job> = a.here().api().wait(id, |_| ());
+    job.unwrap_err();
+    let waiting: Vec<_> = (0..8u64)
+        .map(|n| {
+            let mut client = b.here().open("ct");
+            std::thread::spawn(move || {
+                let ask = |i: u64| Ask::new(kind::READ, 0, i << 16..(i << 16) + 4096);
+                let all: Vec<Ask> = (n * 16..n * 16 + 16).map(ask).collect();
+                client.try_exchange(&all)
+            })
+        })
+        .collect();
+    let mut client = b.here().open("other");
+    for n in 0..20 {
+        // Several at once: a request that is alone is done where it comes in.
+        let some = [
+            Ask::write(0, n << 16, &[7; 4096]),
+            Ask::new(kind::FLUSH, 0, 0..0),
+            Ask::new(kind::READ, 0, n << 16..(n << 16) + 4096),
+            Ask::new(kind::FLUSH, 0, 0..0),
+        ];
+        let replies = client.try_exchange(&some).unwrap();
+        assert!(replies.iter().all(|r| r.error == 0));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(
+        waiting.iter().all(|w| !w.is_finished()),
+        "it waited for them"
+    );
+    proxy.open();
+    for client in waiting {
+        let replies = client.join().unwrap().unwrap();
+        assert!(replies.iter().all(|r| r.error == 0));
+    }
+    for mut side in [a, b] {
+        side.daemon.take().unwrap().stop();
+    }
+}

@@ -137,6 +137,7 @@ impl Pair {
 
     /// One move under kills of `victims`, one after the other, and the next one without.
     fn round(&mut self, victims: &[usize]) {
+        let began = Instant::now();
         let (from, to) = (self.at, 1 - self.at);
         let slow = self.rng.below(10);
         self.slow.store(slow, Ordering::Release);
@@ -193,6 +194,7 @@ impl Pair {
         look(&self.sides[at], &self.sides[next]);
         self.at = next;
         self.sides.iter().for_each(|s| calm(s.here()));
+        println!("{:.1} s", began.elapsed().as_secs_f64());
     }
 }
 
@@ -206,7 +208,7 @@ fn kills(later: bool) {
         let writer = scope.spawn(|| write(client, &mut bytes, &done, seed));
         // The holder goes when this fails, and the writer with it.
         let mut pair = pair;
-        for round in 0..env("PLOOP_KILLS", 6) {
+        for round in 0..env("PLOOP_KILLS", if later { 4 } else { 6 }) {
             assert!(!writer.is_finished(), "{}", pair.holder.log());
             let (from, to) = (pair.at, 1 - pair.at);
             match round % 4 {
