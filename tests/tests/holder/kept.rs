@@ -96,7 +96,7 @@ fn only_what_was_lost_is_sent_again() {
         }
         match killed {
             true => daemon.kill(),
-            false => daemon.stop(),
+            false => drop(daemon.stop()),
         }
         daemon = Daemon::start(&rig);
         assert_eq!(client.read(0, 4096), [7; 4096]);

@@ -179,7 +179,7 @@ fn under_writers(rounds: u64, mut end: impl FnMut(&Rig, Daemon, &mut Rng, u64)) 
 fn a_service_that_is_killed_and_started_again_is_a_stall() {
     under_writers(env("PLOOP_KILLS", 10), |_, daemon, rng, _| {
         match rng.once_in(3) {
-            true => daemon.stop(),
+            true => drop(daemon.stop()),
             false => daemon.kill(),
         }
     });
@@ -271,7 +271,7 @@ fn fio_sees_no_error() {
     while !running.is_finished() && kills < 20 {
         std::thread::sleep(Duration::from_millis(150));
         match kills % 3 {
-            0 => daemon.stop(),
+            0 => drop(daemon.stop()),
             _ => daemon.kill(),
         }
         daemon = Daemon::start(&rig);

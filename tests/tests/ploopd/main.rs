@@ -12,12 +12,15 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use nbd_server::control::client::resource;
 use nbd_server::control::model::{GroupSnapshot, SnapshotTaken};
+use nbd_server::export::Disks;
 use nbd_server::wire::reply::Style;
+use ploop::device::Device;
 use ploop_tests::client::Client;
 use ploop_tests::daemon::{Daemon, take};
 use ploop_tests::mount::wait_for;
 use ploop_tests::server::out;
 use ploop_tests::store::Rig;
+use snapshots::Root;
 
 /// The names of the exports, as nbdinfo lists them.
 fn listed(daemon: &Daemon) -> Vec<String> {
@@ -453,4 +456,23 @@ fn a_group_is_one_instant_of_three_disks() {
             .any(|e| e == "a@only" || e == "c@only")
     );
     daemon.stop();
+}
+
+/// Goal: what was answered is in the files when a service has ended in order, whoever was the last to look
+/// at a disk. Method: a thread that lets go of one while the service waits for the end of all.
+#[test]
+fn a_service_ends_behind_the_close_of_its_last_disk() {
+    let rig = Rig::new();
+    rig.small_template("t", &["ct"]);
+    let disks = Disks::new(Root::open(rig.root(), false).unwrap(), false);
+    let open = disks.live("ct").unwrap();
+    open.write(4096, &[7; 4096]).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            drop(open);
+        });
+        disks.wait_all_closed().unwrap();
+        assert!(rig.run(["check", "ct"]).contains("clean"));
+    });
 }
