@@ -23,6 +23,7 @@
 //! Until 6 an error, or a word, ends the move: requests go on here. From 6 on the disk is not opened
 //! here any more; where the destination does not answer, it is told when the service next reaches it.
 
+mod course;
 mod last;
 mod pieces;
 mod terms;
@@ -46,6 +47,7 @@ use snapshots::stream;
 
 pub use terms::{Deadline, Failed, Holder, Moved, Options, Progress, Watch};
 
+use course::{Course, Then};
 use pieces::{bits, heat, order, stretches};
 
 use super::feed::feed;
@@ -67,10 +69,6 @@ const LET_GO: Duration = Duration::from_secs(30);
 const HAND_OVER: Duration = Duration::from_secs(10);
 /// How long the destination may take to say that it has dropped what it has.
 const TAKE_BACK: Duration = Duration::from_secs(3);
-/// Rounds in a row that leave more than half of what the best one did; then it does not converge.
-const STUBBORN: u32 = 2;
-/// Clients are let write as many bytes per second at least.
-const BRAKE_MIN: u64 = 256 << 10;
 
 /// A container on its way.
 pub struct Source<'a> {
@@ -410,43 +408,36 @@ impl Source<'_> {
 
     /// Rounds, until what is left fits the downtime.
     fn converge(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
-        let (mut least, mut stubborn) = (u64::MAX, 0);
+        let mut course = Course::new(self.options.brake);
         loop {
             let left = self.round(wire, way)?;
-            // A part of it is for the rest of the hand-over.
-            let fits = way.progress.rate as f64 * self.options.downtime.as_secs_f64() * 0.75;
-            if left as f64 <= fits {
-                return Ok(());
-            }
-            stubborn = match left < least / 2 {
-                true => 0,
-                false => stubborn + 1,
-            };
-            least = least.min(left);
-            if stubborn >= STUBBORN && self.options.brake {
-                // What can be sent is what may be written, and less each time that it is not enough.
-                let rate = match way.progress.brake {
-                    0 => way.progress.rate,
-                    rate => rate,
-                };
-                way.progress.brake = (rate / 2).max(BRAKE_MIN);
-                self.disk.gate().brake(way.progress.brake);
-                tracing::info!(
-                    container = self.place.shown(),
-                    written = way.progress.dirty_rate,
-                    sent = way.progress.rate,
-                    brake = way.progress.brake,
-                    "a move does not converge: clients are slowed down"
-                );
-                stubborn = STUBBORN - 1;
-            } else if stubborn >= STUBBORN {
-                let what = format!(
-                    "it does not converge: {} bytes a second are written, {} sent, and {left} bytes \
-                     are left after {} rounds",
-                    way.progress.dirty_rate, way.progress.rate, way.moved.rounds
-                );
-                return Err(Error::new(Kind::Io, what)
-                    .fix("Give it a longer --downtime, a higher --rate, or leave out --no-brake"));
+            match course.after(left, way.progress.rate, self.options.downtime) {
+                Then::Fits => return Ok(()),
+                Then::Again => {}
+                Then::Brake(rate) => {
+                    way.progress.brake = rate;
+                    self.disk.gate().brake(rate);
+                    tracing::info!(
+                        container = self.place.shown(),
+                        written = way.progress.dirty_rate,
+                        sent = way.progress.rate,
+                        brake = rate,
+                        "a move does not converge: clients are slowed down"
+                    );
+                }
+                Then::Never => {
+                    let what = format!(
+                        "it does not converge: {} bytes a second are written, {} sent, and {left} \
+                         bytes are left after {} rounds",
+                        way.progress.dirty_rate, way.progress.rate, way.moved.rounds
+                    );
+                    return Err(Error::new(Kind::Io, what).fix(match self.options.brake {
+                        true => "Give it a longer --downtime, or a higher --rate; or --post-copy",
+                        false => {
+                            "Give it a longer --downtime, a higher --rate, or leave out --no-brake"
+                        }
+                    }));
+                }
             }
         }
     }
