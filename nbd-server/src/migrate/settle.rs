@@ -12,6 +12,7 @@ use snapshots::moving::{self, Luggage, enact, stand};
 use snapshots::owner::{self as rules, Answer, Next, Verdict};
 use snapshots::place::Place;
 
+use super::clients;
 use super::feed::feed;
 use super::link::{Address, Link, Stop, Tls};
 use super::source::answer;
@@ -72,6 +73,7 @@ pub fn settle(
         let what = format!("{container} is no source of a move");
         return Err(Error::new(Kind::NotFound, what).on(dir));
     };
+    clients::follow(root.store(), &dir, record.id, verdict);
     let (address, name) = peer(&record, container)?;
     if verdict == Verdict::Given {
         // Said only when it is durable, which it was not if the sync of that time failed.
@@ -113,6 +115,7 @@ pub fn settle(
         // Clients may use it: a record that goes changes nothing for them.
         (State::Offered, Next::Own) => {
             forget(root, container, record.id)?;
+            clients::forget(root.store(), &dir);
             Ok(Settled::Here)
         }
         (_, Next::Stay) => Ok(Settled::InDoubt),

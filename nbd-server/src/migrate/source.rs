@@ -45,11 +45,13 @@ use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot};
 use snapshots::stream;
 
-pub use terms::{Deadline, Failed, Holder, Moved, Options, Progress, Watch};
+pub use super::clients::Holder;
+pub use terms::{Deadline, Failed, Moved, Options, Progress, Watch};
 
 use course::{Course, Then};
 use pieces::{bits, heat, order, stretches};
 
+use super::clients;
 use super::feed::feed;
 use super::link::Link;
 use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
@@ -166,10 +168,19 @@ impl Source<'_> {
     /// All steps but the last. Gives the closed door: nobody has the disk open but this.
     fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<Door, Failed> {
         self.before(wire, way).map_err(Failed::Here)?;
-        // 4.
+        // 4. The holder first: who finds the record finds what goes with it.
+        let (store, dir) = (self.place.store(), self.place.dir());
+        let back = match &self.options.holder {
+            Some(holder) => {
+                let checked = holder.check(self.place.shown(), &self.options.name);
+                let entered = checked.and_then(|()| holder.enter(store, dir, way.id));
+                Some(entered.map_err(Failed::Here)?)
+            }
+            None => None,
+        };
         let owner = Owner::write(
-            self.place.store(),
-            self.place.dir(),
+            store,
+            dir,
             Record {
                 state: State::Offered,
                 id: way.id,
@@ -181,7 +192,7 @@ impl Source<'_> {
         self.deadline.set(Some(HAND_OVER + self.options.downtime));
         let door = self.disks.close_door(self.place.shown());
         let at = Instant::now();
-        match self.hand_over(wire, way, &mut owner) {
+        match self.hand_over(wire, way, &mut owner, back.as_deref()) {
             Ok(()) => {}
             Err(Failed::Here(e)) => {
                 drop(door);
@@ -267,8 +278,7 @@ impl Source<'_> {
 
     /// The container's own export, and its snapshots'.
     fn is_of(&self, export: &str) -> bool {
-        let rest = export.strip_prefix(self.place.shown());
-        rest.is_some_and(|r| r.is_empty() || r.starts_with('@'))
+        clients::is_of(self.place.shown(), export)
     }
 
     /// The destination drops what it has; the record goes when it says so, or later.
@@ -279,7 +289,11 @@ impl Source<'_> {
             .and_then(|()| answer(wire))
             .and_then(|answer| {
                 match snapshots::owner::source(Some((State::Offered, BEGUN)), answer) {
-                    Next::Own => ploop::owner::remove(self.place.store(), self.place.dir()),
+                    Next::Own => {
+                        ploop::owner::remove(self.place.store(), self.place.dir())?;
+                        clients::forget(self.place.store(), self.place.dir());
+                        Ok(())
+                    }
                     _ => Err(wire.wrong("an answer that nobody asked for")),
                 }
             });
@@ -311,13 +325,13 @@ impl Source<'_> {
         // 2.
         self.tree(wire, way, &welcome)?;
         if self.options.later {
-            self.watch.freeze()?;
+            self.watch.freeze(&mut || sync(wire))?;
             // So that little is left to be made durable in the hand-over.
             return self.disk.flush();
         }
         // 3.
         let rounds = self.converge(wire, way).and_then(|()| {
-            self.watch.freeze()?;
+            self.watch.freeze(&mut || sync(wire))?;
             self.round(wire, way).map(drop)
         });
         rounds.map_err(|e| self.said(wire, e))
@@ -381,9 +395,7 @@ impl Source<'_> {
                 self.refuse_cancelled()?;
                 self.tell(wire, image)?;
             }
-            wire.send(Type::Sync, &[])?;
-            wire.flush()?;
-            wire.expect(Type::Synced)?;
+            sync(wire)?;
         }
         let seconds = way.began.elapsed().as_secs_f64().max(0.001);
         way.moved.data = sent.data;
@@ -468,9 +480,7 @@ impl Source<'_> {
             way.progress.left = left + again.dirty_bytes();
             self.watch.progress(way.progress);
         }
-        wire.send(Type::Sync, &[])?;
-        wire.flush()?;
-        wire.expect(Type::Synced)?;
+        sync(wire)?;
         let seconds = began.elapsed().as_secs_f64().max(0.000_1);
         let left = again.dirty_bytes();
         let sent = wire.bytes() - before;
@@ -506,6 +516,13 @@ impl Source<'_> {
 
 fn cancelled() -> Error {
     Error::new(Kind::Io, "the move was told to end")
+}
+
+/// All that was sent is there, and durable.
+fn sync(wire: &mut Wire) -> Result<()> {
+    wire.send(Type::Sync, &[])?;
+    wire.flush()?;
+    wire.expect(Type::Synced)
 }
 
 /// The destination's answer.

@@ -10,6 +10,8 @@
 
 mod damage;
 mod doubt;
+mod held;
+mod hooks;
 mod killed;
 mod later;
 mod mounted;

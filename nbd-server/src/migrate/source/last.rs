@@ -3,17 +3,15 @@
 use super::*;
 
 impl Source<'_> {
-    /// Steps 5 and 6.
+    /// Steps 5 and 6. The holder of the clients goes before the commit: one that cannot ends the move.
+    /// It is sent `back` where that fails, or when this service comes back that was killed in between.
     pub(super) fn hand_over(
         &self,
         wire: &mut Wire,
         way: &mut Way,
         owner: &mut Owner,
+        back: Option<&str>,
     ) -> Result<(), Failed> {
-        let back = match &self.options.holder {
-            Some(holder) => Some(holder.now().map_err(Failed::Here)?),
-            None => None,
-        };
         self.disk.gate().halt();
         let sealed = match self.options.later {
             true => self.seal(wire, way),
@@ -24,14 +22,15 @@ impl Source<'_> {
             .and_then(|()| self.rest(wire, way, &barrier))
             .and_then(|()| {
                 if let Some(holder) = &self.options.holder {
-                    holder.send(&holder.to)?;
+                    let left = self.deadline.left(HAND_OVER);
+                    holder.send(&holder.to, left)?;
                 }
                 Ok(())
             });
         if let Err(e) = done {
             drop(barrier);
             self.disk.gate().resume();
-            self.holder_back(back.as_deref());
+            self.holder_back(back);
             return Err(Failed::Here(self.said(wire, e)));
         }
         // 6. COMMIT
@@ -42,17 +41,15 @@ impl Source<'_> {
             .ok();
         drop(barrier);
         given.map_err(|e| {
-            self.holder_back(back.as_deref());
+            self.holder_back(back);
             // Nothing was said to the destination, so whichever state it is holds.
             Failed::Given(e.while_doing(format_args!("give {} away", self.place.shown())))
         })
     }
 
     fn holder_back(&self, to: Option<&str>) {
-        if let (Some(holder), Some(to)) = (&self.options.holder, to)
-            && let Err(e) = holder.send(to)
-        {
-            tracing::error!(error = %e, "the holder of the clients was not sent back here");
+        if let (Some(holder), Some(to)) = (&self.options.holder, to) {
+            holder.back(to);
         }
     }
 
