@@ -171,6 +171,16 @@ impl Record {
     }
 }
 
+/// The other side, as a record has it, for people: a source's says what the disk is called there, then
+/// the address.
+pub fn shown(peer: &str) -> String {
+    match peer.split_once(' ') {
+        // No name has a colon, and every address has one.
+        Some((name, address)) if !name.contains(':') => format!("{address} (as {name})"),
+        _ => peer.to_owned(),
+    }
+}
+
 /// Where the record of the disk in `dir` is.
 pub fn path(dir: &Path) -> PathBuf {
     dir.join(SIDE).join(FILE)
@@ -218,7 +228,7 @@ pub fn check(store: &dyn Store, dir: &Path) -> Result<()> {
     let Some(record) = read(store, dir)? else {
         return Ok(());
     };
-    let Record { id, peer, .. } = &record;
+    let (id, peer) = (record.id, shown(&record.peer));
     let (what, fix) = match record.state {
         State::Offered | State::Taken => return Ok(()),
         State::Given => (

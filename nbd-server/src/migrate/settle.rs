@@ -32,7 +32,7 @@ const LET_GO: Duration = Duration::from_secs(30);
 pub enum Settled {
     /// The disk is this service's.
     Here,
-    /// It is the destination's; nothing is left of it here.
+    /// It is the destination's; nothing is left of it here, but files that are to stay.
     There,
     /// It is the destination's, and what is left here is for somebody to decide.
     InDoubt,
@@ -101,7 +101,8 @@ pub fn settle(
     if let (State::Given, Answer::Needs(_)) = (record.state, answer) {
         tracing::info!(container, id = %record.id, "its data goes on to follow");
         feed(&mut wire, Place::container(root, container)?)?;
-        return left(root, container, &record, &mut wire);
+        let next = rules::source(stand(Some(&record)), Answer::Taken(rules::TAKEN));
+        return left(root, container, &record, next, &mut wire);
     }
     let next = rules::source(stand(Some(&record)), answer);
     match next {
@@ -124,19 +125,19 @@ pub fn settle(
             enact(root, container, record.id, next)?;
             Ok(Settled::InDoubt)
         }
-        (_, next) => {
-            if next == Next::Remove {
-                return left(root, container, &record, &mut wire);
-            }
-            enact(root, container, record.id, next)?;
-            Ok(Settled::InDoubt)
-        }
+        (_, next) => left(root, container, &record, next, &mut wire),
     }
 }
 
-/// It is the destination's, and complete there.
-fn left(root: &Root, container: &str, record: &Record, wire: &mut Wire) -> Result<Settled> {
-    enact(root, container, record.id, Next::Remove)?;
+/// It is the destination's, and complete there; `next` is what becomes of it here.
+fn left(
+    root: &Root,
+    container: &str,
+    record: &Record,
+    next: Next,
+    wire: &mut Wire,
+) -> Result<Settled> {
+    enact(root, container, record.id, next)?;
     let known = wire.send(Type::Confirmed, &[]).and_then(|()| wire.flush());
     if let Err(e) = known.and_then(|()| wire.expect(Type::Done)) {
         tracing::warn!(container, error = %e, "the destination was not told that we know");

@@ -40,7 +40,7 @@ use ploop::owner::{Owner, Record, State};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
 use snapshots::moving::{self, Luggage, later};
-use snapshots::owner::{Answer, BEGUN, KEPT, Next, Verdict};
+use snapshots::owner::{Answer, BEGUN, KEEPS, Next, TAKEN, Verdict};
 use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot};
 use snapshots::stream;
@@ -69,7 +69,8 @@ const RUNS: usize = 512 << 10;
 const LET_GO: Duration = Duration::from_secs(30);
 /// How long the hand-over may take, beside the downtime that was asked for; clients wait for it.
 const HAND_OVER: Duration = Duration::from_secs(10);
-/// How long the destination may take to say that it has dropped what it has.
+/// How long the destination may take to say that it has dropped what it has, or that it knows that we
+/// know.
 const TAKE_BACK: Duration = Duration::from_secs(3);
 
 /// A container on its way.
@@ -143,8 +144,8 @@ impl Source<'_> {
         let gone = self.go(&mut wire, &mut way);
         self.disk.gate().brake(0);
         match gone {
-            Ok(door) => {
-                self.leave(&mut wire, way.id, &door);
+            Ok((door, next)) => {
+                self.leave(&mut wire, way.id, &door, next);
                 Ok(way.moved)
             }
             Err(failed) => {
@@ -165,8 +166,9 @@ impl Source<'_> {
         }
     }
 
-    /// All steps but the last. Gives the closed door: nobody has the disk open but this.
-    fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<Door, Failed> {
+    /// All steps but the last. Gives the closed door, nobody has the disk open but this; and what becomes
+    /// of it here.
+    fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<(Door, Next), Failed> {
         self.before(wire, way).map_err(Failed::Here)?;
         // 4. The holder first: who finds the record finds what goes with it.
         let (store, dir) = (self.place.store(), self.place.dir());
@@ -205,9 +207,9 @@ impl Source<'_> {
                 self.take_back(wire);
                 return Err(Failed::Here(e));
             }
-            Err(Failed::Given(e)) => {
+            Err(failed) => {
                 self.close();
-                return Err(Failed::Given(e));
+                return Err(failed);
             }
         }
         let answered = wire
@@ -217,46 +219,51 @@ impl Source<'_> {
         way.moved.bytes = wire.bytes();
         way.moved.written = way.written.dirty_bytes();
         self.close();
-        let answer = answered.map_err(Failed::Given)?;
+        let mut answer = answered.map_err(Failed::Given)?;
         if let Answer::Needs(_) = answer {
             self.deadline.set(None);
             self.watch.fed();
             let place = Place::container(self.root().map_err(Failed::Given)?, self.place.shown());
             let fed = place.and_then(|place| feed(wire, place));
-            fed.map_err(Failed::Given)?;
-            return Ok(door);
+            fed.map_err(Failed::Fed)?;
+            answer = Answer::Taken(TAKEN);
         }
-        let next = snapshots::owner::source(Some((State::Given, BEGUN)), answer);
-        if next == Next::Remove {
-            return Ok(door);
+        let next = snapshots::owner::source(Some((State::Given, self.gives())), answer);
+        if next != Next::Stay {
+            return Ok((door, next));
         }
         let what = format!("{} does not know of the move {}", wire.peer(), way.id);
         Err(Failed::Given(Error::new(Kind::NotFound, what)))
     }
 
     /// Step 7. What fails of it changes nothing for who has the disk now.
-    fn leave(self, wire: &mut Wire, id: Guid, door: &Door) {
+    fn leave(self, wire: &mut Wire, id: Guid, door: &Door, next: Next) {
         let (name, root, disks) = (self.place.shown().to_owned(), self.place.root(), self.disks);
-        let keep = self.options.keep;
+        let deadline = self.deadline.clone();
         drop(self);
         // Whoever else looked at it lets go.
         disks.wait_closed(door, LET_GO);
-        let next = match keep {
-            true => Next::Become(State::Given, KEPT),
-            false => Next::Remove,
-        };
         if let Some(root) = root
             && let Err(e) = moving::enact(root, &name, id, next)
         {
             tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
             return;
         }
+        deadline.set(Some(TAKE_BACK));
         let known = wire
             .send(Type::Confirmed, &[])
             .and_then(|()| wire.flush())
             .and_then(|()| wire.expect(Type::Done));
         if let Err(e) = known {
             tracing::warn!(container = name, error = %e, "the destination was not told that we know");
+        }
+    }
+
+    /// The epoch of its record when it is given: whether its files stay is known to who comes back, too.
+    fn gives(&self) -> u64 {
+        match self.options.keep {
+            true => KEEPS,
+            false => BEGUN,
         }
     }
 

@@ -34,7 +34,7 @@ pub struct Migrate {
     #[serde(default)]
     pub freeze: bool,
     /// For so many seconds at most; then the move fails. 60 where nobody says.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_seconds: Option<u64>,
 }
 

@@ -122,6 +122,14 @@ impl Steward {
                     false => Err(e),
                 }
             }
+            Err(Failed::Fed(e)) => {
+                let what = format!(
+                    "{container} was given to {to}, which has it; some of its data is still here ({e})"
+                );
+                Err(Error::new(Kind::Io, what).fix(
+                    "It follows by itself as long as a service runs here. Keep its files until then",
+                ))
+            }
             Err(Failed::Given(e)) => {
                 let what = format!(
                     "{container} was given to {to}, which has not said that it has it ({e})"
@@ -153,7 +161,7 @@ impl Steward {
         };
         let what = format!(
             "the last move of {container}, to {}, has not ended ({left})",
-            record.peer
+            ploop::owner::shown(&record.peer)
         );
         Err(Error::new(Kind::InUse, what).fix(format!(
             "It ends as soon as that service is there; if it is gone for good: ploop migrate \

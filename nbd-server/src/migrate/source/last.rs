@@ -34,7 +34,7 @@ impl Source<'_> {
             return Err(Failed::Here(self.said(wire, e)));
         }
         // 6. COMMIT
-        let given = owner.set(State::Given, BEGUN);
+        let given = owner.set(State::Given, self.gives());
         // Whoever is in front of the gate gets no answer here any more.
         self.connections
             .end_where(|e| self.is_of(e), Duration::ZERO)

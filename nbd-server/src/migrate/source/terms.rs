@@ -81,6 +81,8 @@ pub enum Failed {
     Here(Error),
     /// It was given, and the destination has not said that it has it.
     Given(Error),
+    /// The destination has it, and the link broke before all of its data was there.
+    Fed(Error),
 }
 
 /// Until when what is under way may take; the move's own end is its watch's.
