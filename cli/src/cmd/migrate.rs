@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::Duration;
 
 use nbd_server::control::Agent;
 use nbd_server::control::model::{self, Job, JobState, MigrateHolder, MigrationPhase};
@@ -38,9 +37,13 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
         keep: m.keep,
         no_brake: m.no_brake,
         post_copy: m.post_copy,
-        freeze: m.freeze.is_some(),
+        freeze: m.hooks.freeze.is_some(),
         // Nobody says it who was killed; the command itself has the time of one.
-        freeze_seconds: Some(2 * u64::from(m.hook_timeout)),
+        freeze_seconds: m
+            .hooks
+            .freeze
+            .as_ref()
+            .map(|_| 2 * u64::from(m.hooks.hook_timeout)),
     };
     let bar = Bar::new(!m.json.json);
     let mut follow = |job: &Job| {
@@ -55,17 +58,9 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
         };
         bar.at(stage, job.done, Some(job.total));
     };
-    let job = match (&m.freeze, &m.thaw) {
-        (Some(freeze), Some(thaw)) => {
-            let hooks = Hooks {
-                freeze,
-                thaw,
-                limit: Duration::from_secs(u64::from(m.hook_timeout)),
-                done: "The move has ended",
-            };
-            frozen_move(&agent, &name, &request, hooks)?
-        }
-        _ => agent.migrate(&name, &request, &mut follow)?,
+    let job = match Hooks::of(&m.hooks, "The move has ended") {
+        Some(hooks) => frozen_move(&agent, &name, &request, hooks)?,
+        None => agent.migrate(&name, &request, &mut follow)?,
     };
     drop(bar);
     if m.json.json {
