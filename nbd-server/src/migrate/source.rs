@@ -311,13 +311,19 @@ impl Source<'_> {
 
     /// Steps 1 to 3.
     fn before(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        let life = self.disk.life()?;
+        let luggage = {
+            // A change of them that had begun before the move is done.
+            let _arranging = self.disk.disk().arrange();
+            Luggage::of(self.live(), Some(life))?
+        };
         let hello = Hello {
             version: VERSION,
             id: way.id.to_string(),
             name: self.options.name.clone(),
             purpose: Purpose::Move,
             later: self.options.later,
-            luggage: Luggage::of(self.live(), Some(self.disk.life()?))?,
+            luggage,
         };
         wire.say(Type::Hello, &hello)?;
         wire.expect(Type::Welcome)?;
