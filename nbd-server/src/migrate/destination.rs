@@ -265,7 +265,7 @@ impl Destination {
         }
     }
 
-    fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<AtomicBool>) -> Result<()> {
+    pub(super) fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<AtomicBool>) -> Result<()> {
         wire.expect(Type::Hello)?;
         let hello: Hello = wire.record()?;
         if hello.version != VERSION {

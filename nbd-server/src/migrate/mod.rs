@@ -16,6 +16,8 @@
 //! Who has the disk is in a record beside it ([`ploop::owner`]), and what may follow what in
 //! [`snapshots::owner`]: at every instant one side at most can open it.
 
+#[doc(hidden)]
+pub mod bytes;
 mod clients;
 pub mod destination;
 mod feed;
