@@ -23,6 +23,8 @@ pub const GRANULE: u64 = 4096;
 pub struct Account {
     used: AtomicU64,
     limit: AtomicU64,
+    /// How many granules may be charged beyond the limit.
+    spare: AtomicU64,
     refused: AtomicU64,
     /// How many of `used` are of sealed images.
     sealed: Mutex<u64>,
@@ -35,6 +37,7 @@ impl Default for Account {
         Account {
             used: AtomicU64::new(0),
             limit: AtomicU64::new(u64::MAX),
+            spare: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             sealed: Mutex::default(),
             host: OnceLock::new(),
@@ -61,6 +64,12 @@ impl Account {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
+    /// `granules` may be charged beyond the limit, for as long as nobody says otherwise: what is charged
+    /// has as many that are about to be given up.
+    pub fn set_spare(&self, granules: u64) {
+        self.spare.store(granules, Ordering::Relaxed);
+    }
+
     /// What is taken from now on is taken of `host`, too. Only the first one counts.
     pub fn draw_on(&self, host: Arc<Budget>) {
         drop(self.host.set(host));
@@ -70,7 +79,8 @@ impl Account {
     /// where that would be beyond the limit, or the host has no room, with nothing charged.
     pub fn take(&self, granules: u64) -> Result<Paid> {
         let limit = self.limit.load(Ordering::Relaxed);
-        let fits = |used: u64| used.checked_add(granules).filter(|&sum| sum <= limit);
+        let most = limit.saturating_add(self.spare.load(Ordering::Relaxed));
+        let fits = |used: u64| used.checked_add(granules).filter(|&sum| sum <= most);
         if granules == 0 {
             return Ok(Paid::default());
         }
@@ -156,7 +166,13 @@ mod tests {
         assert!(a.take(1).is_err());
         drop(a.take(0).unwrap());
         assert_eq!(a.refused(), 2);
-        a.give(6);
+        a.set_spare(6);
+        drop(a.take(1).unwrap());
+        assert_eq!(a.limit(), Some(12 * GRANULE));
+        assert!(a.take(1).is_err());
+        a.set_spare(0);
+        assert!(a.take(1).is_err());
+        a.give(7);
         drop(a.take(1).unwrap());
         a.set_limit(None);
         drop(a.take(1 << 40).unwrap());

@@ -32,14 +32,13 @@ use std::time::Duration;
 
 use crate::descriptor::Guid;
 use crate::error::{Error, Kind, Result};
-use crate::store::{Access, SECTOR, Store, StoreFile, read_exact};
+use crate::store::{Access, SECTOR, Store, StoreFile, read_exact, replace};
 
 /// Bytes of a peer's address, at most.
 pub const PEER_MAX: usize = 400;
 
 const SIDE: &str = ".ploop";
 const FILE: &str = "owner";
-const TEMPORARY: &str = "owner.tmp";
 const MAGIC: &[u8; 8] = b"PLOOPOWN";
 const VERSION: u32 = 1;
 const SUM_AT: usize = SECTOR as usize - 4;
@@ -172,6 +171,16 @@ impl Record {
     }
 }
 
+/// The other side, as a record has it, for people: a source's says what the disk is called there, then
+/// the address.
+pub fn shown(peer: &str) -> String {
+    match peer.split_once(' ') {
+        // No name has a colon, and every address has one.
+        Some((name, address)) if !name.contains(':') => format!("{address} (as {name})"),
+        _ => peer.to_owned(),
+    }
+}
+
 /// Where the record of the disk in `dir` is.
 pub fn path(dir: &Path) -> PathBuf {
     dir.join(SIDE).join(FILE)
@@ -219,7 +228,7 @@ pub fn check(store: &dyn Store, dir: &Path) -> Result<()> {
     let Some(record) = read(store, dir)? else {
         return Ok(());
     };
-    let Record { id, peer, .. } = &record;
+    let (id, peer) = (record.id, shown(&record.peer));
     let (what, fix) = match record.state {
         State::Offered | State::Taken => return Ok(()),
         State::Given => (
@@ -249,26 +258,9 @@ pub struct Owner {
 
 impl Owner {
     /// Writes the record of the disk in `dir`, in place of one that is there. Durable on return.
-    ///
-    /// Order: the new file, its sync, its name, the sync of the directory.
     pub fn write(store: &dyn Store, dir: &Path, record: Record) -> Result<Owner> {
-        let side = dir.join(SIDE);
-        if store.kind(&side)?.is_none() {
-            store.create_dir(&side)?;
-            store.sync_dir(dir)?;
-        }
-        let temporary = side.join(TEMPORARY);
-        match store.remove_file(&temporary) {
-            Err(e) if e.kind() != Kind::NotFound => return Err(e),
-            _ => {}
-        }
-        let file = store.create(&temporary, 0o600)?;
-        file.write_at(&record.encode()?, 0)?;
-        file.sync()?;
-        drop(file);
-        store.rename(&temporary, &side.join(FILE))?;
-        store.sync_dir(&side)?;
-        let file = store.open(&side.join(FILE), Access::Write)?;
+        replace(store, dir, SIDE, FILE, &record.encode()?)?;
+        let file = store.open(&path(dir), Access::Write)?;
         Ok(Owner { file, record })
     }
 

@@ -21,15 +21,14 @@ use std::path::Path;
 use std::str::FromStr;
 
 use ploop::error::{Error, Kind, Result};
-use ploop::store::Store;
+use ploop::store::{Store, replace};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::store::{read_small, write_new};
+use crate::store::read_small;
 
 const SIDE: &str = ".ploop";
 const FILE: &str = "life";
-const TEMPORARY: &str = "life.tmp";
 const BYTES_MAX: u64 = 4096;
 
 /// A life that is being lived; shown as `DISK/LIFE`, two UUIDs.
@@ -131,18 +130,7 @@ fn read(store: &dyn Store, dir: &Path) -> Result<Option<(Life, bool)>> {
     Ok(Some((life, record.open)))
 }
 
-/// Order: the new file, its sync, its name, the sync of the directory.
 fn write(store: &dyn Store, dir: &Path, life: Life, open: bool) -> Result<()> {
-    let side = dir.join(SIDE);
-    if store.kind(&side)?.is_none() {
-        store.create_dir(&side)?;
-        store.sync_dir(dir)?;
-    }
-    let temporary = side.join(TEMPORARY);
-    match store.remove_file(&temporary) {
-        Err(e) if e.kind() != Kind::NotFound => return Err(e),
-        _ => {}
-    }
     let record = Record {
         disk: life.disk.to_string(),
         life: life.life.to_string(),
@@ -150,14 +138,13 @@ fn write(store: &dyn Store, dir: &Path, life: Life, open: bool) -> Result<()> {
     };
     let text = serde_json::to_vec(&record);
     let text = text.map_err(|e| Error::invalid("a life that JSON cannot hold").caused_by(e))?;
-    write_new(store, &temporary, &text)?;
-    store.rename(&temporary, &side.join(FILE))?;
-    store.sync_dir(&side)
+    replace(store, dir, SIDE, FILE, &text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::write_new;
     use ploop::store::memory::MemoryStore;
     use ploop::store::recording::{Budget, RecordingStore};
 

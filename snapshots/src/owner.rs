@@ -34,6 +34,8 @@ pub const DECIDED: u64 = 3;
 
 /// The epoch of one that has left and whose files stay: nothing more is said of it.
 pub const KEPT: u64 = 4;
+/// The epoch of one that was given and whose files are to stay, until the other side has it.
+pub const KEEPS: u64 = 5;
 
 /// How far a side is: its state and epoch. `None`: it has no record of the move.
 pub type Stand = Option<(State, u64)>;
@@ -116,6 +118,7 @@ pub fn destination(stand: Stand, verdict: Verdict) -> (Next, Answer) {
 /// What a source does that hears `answer` to its verdict.
 pub fn source(stand: Stand, answer: Answer) -> Next {
     match (stand, answer) {
+        (Some((State::Given, KEEPS)), Answer::Taken(_)) => Next::Become(State::Given, KEPT),
         (Some((State::Given, _)), Answer::Taken(_)) => Next::Remove,
         (Some((State::Offered, mine)), Answer::Taken(theirs) | Answer::Needs(theirs))
             if theirs >= mine =>
@@ -158,10 +161,15 @@ pub enum Decision {
 /// What an operator's decision does, and what may be lost by it. An error says why there is nothing
 /// to decide.
 pub fn resolve(stand: Stand, decision: Decision) -> Result<(Next, &'static str), &'static str> {
-    let at = stand.map(|(state, _)| state);
+    let (at, epoch) = stand.unzip();
     match (at, decision) {
         (None, _) => Err("it does not move: nothing is to be decided"),
         (Some(State::Arriving), _) => Err("not all of it is here: it goes when the move ends"),
+        (Some(State::Given), Decision::Take) if epoch == Some(KEPT) => Ok((
+            Next::Become(State::Offered, DECIDED),
+            "what was written at the destination since the hand-over is not here; and that service has \
+             it, too: two containers from now on, of which no holder is to be moved to the other",
+        )),
         (Some(State::Given), Decision::Take) => Ok((
             Next::Become(State::Offered, DECIDED),
             "what was written at the destination since the hand-over is not here",

@@ -5,12 +5,13 @@
 //! and that became shared, stays charged to it until its snapshot is deleted.
 //!
 //! A limit refuses writes that need more (`NoSpace`). It refuses no snapshot, merge, deletion or
-//! flush, and takes nothing away.
+//! flush, and takes nothing away. What waits to be merged away is charged, and not held against who
+//! writes over it meanwhile: so much more may be charged until then.
 
 use std::path::Path;
 
 use ploop::account::GRANULE;
-use ploop::descriptor::{Descriptor, Image};
+use ploop::descriptor::{Descriptor, Guid, Image, Temporary};
 use ploop::disk::Disk;
 use ploop::error::{Kind, Result};
 use ploop::format::ploop::delta::read_header;
@@ -60,7 +61,13 @@ pub(crate) fn recount_limited(place: &Place<'_>, disk: &Disk) {
 /// one who rearranges it.
 pub fn recount(place: &Place<'_>, disk: &Disk) -> Result<()> {
     let (d, meta) = (place.descriptor()?, place.meta()?);
-    disk.account()?.set_sealed(sealed(place, &d, &meta, true)?);
+    let account = disk.account()?;
+    account.set_sealed(sealed(place, &d, &meta, true, &|_| true)?);
+    let goes = |node| {
+        let mut marked = d.shots.iter().filter(|s| s.temporary != Temporary::No);
+        marked.any(|s| s.guid == node)
+    };
+    account.set_spare(sealed(place, &d, &meta, true, &goes)?);
     Ok(())
 }
 
@@ -83,7 +90,7 @@ pub fn of_open(place: &Place<'_>, disk: &Disk) -> Result<Charge> {
 /// The charge of a disk that is not open, or whose process is gone, from its files.
 pub fn of_closed(place: &Place<'_>) -> Result<Charge> {
     let (d, meta) = (place.descriptor()?, place.meta()?);
-    let mut granules = sealed(place, &d, &meta, false)?;
+    let mut granules = sealed(place, &d, &meta, false, &|_| true)?;
     if let Some(top) = d.image(d.top).filter(|i| is_charged(&meta, i)) {
         let path = place.file_of(top)?;
         granules += of_image(place, &path, false)?;
@@ -143,9 +150,16 @@ fn is_charged(meta: &Meta, image: &Image) -> bool {
     Place::owns(image) || meta.charged.contains(&image.guid.to_string())
 }
 
-/// Granules of all images but the top; `keep`: what was counted is kept with its file.
-fn sealed(place: &Place<'_>, d: &Descriptor, meta: &Meta, keep: bool) -> Result<u64> {
-    let images = d.images.iter().filter(|i| i.guid != d.top);
+/// Granules of the images but the top that `which` says; `keep`: what was counted is kept with its file.
+fn sealed(
+    place: &Place<'_>,
+    d: &Descriptor,
+    meta: &Meta,
+    keep: bool,
+    which: &dyn Fn(Guid) -> bool,
+) -> Result<u64> {
+    let below = |i: &&Image| i.guid != d.top && which(i.guid);
+    let images = d.images.iter().filter(below);
     let mut sum = 0;
     for image in images.filter(|i| is_charged(meta, i)) {
         match place

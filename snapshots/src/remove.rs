@@ -82,7 +82,8 @@ fn refuse_offered(root: &Root, name: &str, dir: &Path) -> Result<()> {
     };
     let what = format!(
         "{} does not know yet that {name} stays here (move {})",
-        record.peer, record.id
+        owner::shown(&record.peer),
+        record.id
     );
     Err(Error::new(Kind::InUse, what).on(dir).fix(format!(
         "It is told as soon as it is there; if it is gone for good: ploop migrate {name} --resolve \

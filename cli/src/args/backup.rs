@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Json, OfDisk};
+use super::{Hooks, Json, OfDisk};
 use crate::output::parse_size;
 
 #[derive(Args, Debug)]
@@ -65,15 +65,8 @@ pub(crate) struct NewBackup {
     /// Record the hash of all that an increment's chain shows, too: reads all of the disk's data.
     #[arg(long)]
     pub content: bool,
-    /// Run this before the instant, by `sh -c`, such as `fsfreeze -f /mnt`.
-    #[arg(long, value_name = "CMD", requires = "thaw")]
-    pub freeze: Option<String>,
-    /// Run this after it, whatever happened, and when this command is killed.
-    #[arg(long, value_name = "CMD", requires = "freeze")]
-    pub thaw: Option<String>,
-    /// Seconds that each of the two may take, and the instant between them.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub hook_timeout: u32,
+    #[command(flatten)]
+    pub hooks: Hooks,
     /// Bytes per second, at most.
     #[arg(long, value_parser = parse_size)]
     pub rate: Option<u64>,

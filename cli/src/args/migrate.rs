@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::Json;
+use super::{Hooks, Json};
 use crate::output::parse_size;
 
 /// `20ms`, `1.5s`.
@@ -55,15 +55,8 @@ pub(crate) struct Migrate {
     /// Never slow its clients down: where they write faster than can be sent, the move fails then.
     #[arg(long)]
     pub no_brake: bool,
-    /// Run this before the last rounds, by `sh -c`, such as `fsfreeze -f /mnt`.
-    #[arg(long, value_name = "CMD", requires = "thaw")]
-    pub freeze: Option<String>,
-    /// Run this when the move has ended, whatever happened, and when this command is killed.
-    #[arg(long, value_name = "CMD", requires = "freeze")]
-    pub thaw: Option<String>,
-    /// Seconds that each of the two may take, and what is between them.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub hook_timeout: u32,
+    #[command(flatten)]
+    pub hooks: Hooks,
     /// Decide a move that was cut at its end and whose other side is gone for good: take, this service
     /// has the container; give, the other one has. Says what may be lost.
     #[arg(long, value_enum)]

@@ -171,6 +171,21 @@ pub(crate) struct Json {
     pub json: bool,
 }
 
+/// What is run around an instant.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Hooks {
+    /// Run this, by `sh -c`, before the instant that counts: that of a backup, or the last rounds of a
+    /// move; such as `fsfreeze -f /mnt`.
+    #[arg(long, value_name = "CMD", requires = "thaw")]
+    pub freeze: Option<String>,
+    /// Run this after it, whatever happened, and when this command is killed.
+    #[arg(long, value_name = "CMD", requires = "freeze")]
+    pub thaw: Option<String>,
+    /// Seconds that each of the two may take, and what is between them.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub hook_timeout: u32,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct OfDisk {
     /// The container, or the disk directory.

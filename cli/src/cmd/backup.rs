@@ -83,18 +83,11 @@ fn make(root: &Path, b: &NewBackup) -> Result<()> {
              --hook-timeout"
         ),
     };
-    let pending = match (&b.freeze, &b.thaw) {
+    let done = "The backup has begun: the same command goes on with it, and --abandon drops it";
+    let pending = match Hooks::of(&b.hooks, done) {
         // One that goes on has its instant behind it.
-        (Some(freeze), Some(thaw)) if begun.is_none() => {
-            let hooks = Hooks {
-                freeze,
-                thaw,
-                limit: Duration::from_secs(u64::from(b.hook_timeout)),
-                done: "The backup has begun: the same command goes on with it, and --abandon drops it",
-            };
-            frozen::during(hooks, begin, late)?
-        }
-        (Some(_), _) => {
+        Some(hooks) if begun.is_none() => frozen::during(hooks, begin, late)?,
+        Some(_) => {
             let pending = begin()?;
             if !pending.resumed {
                 drop_it(pending)?;
@@ -103,7 +96,7 @@ fn make(root: &Path, b: &NewBackup) -> Result<()> {
             }
             pending
         }
-        _ => begin()?,
+        None => begin()?,
     };
     let run = BackupRun { rate: b.rate };
     let job = agent.run_backup(&name, &pending.id, &run, &mut |done, total| {

@@ -68,7 +68,10 @@ pub(crate) fn info(root: &Path, i: &args::Info) -> Result<()> {
     match moving {
         Some(Ok(Some(m))) => line(format!(
             "move      {} (epoch {}), to or from {}: {}",
-            m.state, m.epoch, m.peer, m.id
+            m.state,
+            m.epoch,
+            ploop::owner::shown(&m.peer),
+            m.id
         ))
         .and_then(|()| match m.missing {
             0 => Ok(()),

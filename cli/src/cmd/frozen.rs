@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use ploop::{Error, Kind, Result};
 
+use crate::args;
+
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// Waits for the end of the pipe, at most so many seconds, and thaws.
@@ -26,6 +28,18 @@ pub(super) struct Hooks<'a> {
     pub(super) limit: Duration,
     /// How it stands when only the thaw failed.
     pub(super) done: &'a str,
+}
+
+impl<'a> Hooks<'a> {
+    /// Those that were asked for, if they were.
+    pub(super) fn of(args: &'a args::Hooks, done: &'a str) -> Option<Hooks<'a>> {
+        Some(Hooks {
+            freeze: args.freeze.as_deref()?,
+            thaw: args.thaw.as_deref()?,
+            limit: Duration::from_secs(u64::from(args.hook_timeout)),
+            done,
+        })
+    }
 }
 
 /// Runs `work` between the two commands; each of the three has `limit`. Whatever happens, `thaw` runs

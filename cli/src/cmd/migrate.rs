@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::Duration;
 
 use nbd_server::control::Agent;
 use nbd_server::control::model::{self, Job, JobState, MigrateHolder, MigrationPhase};
@@ -38,7 +37,13 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
         keep: m.keep,
         no_brake: m.no_brake,
         post_copy: m.post_copy,
-        freeze: m.freeze.is_some(),
+        freeze: m.hooks.freeze.is_some(),
+        // Nobody says it who was killed; the command itself has the time of one.
+        freeze_seconds: m
+            .hooks
+            .freeze
+            .as_ref()
+            .map(|_| 2 * u64::from(m.hooks.hook_timeout)),
     };
     let bar = Bar::new(!m.json.json);
     let mut follow = |job: &Job| {
@@ -53,17 +58,9 @@ pub(crate) fn migrate(root: &Path, m: &args::Migrate) -> Result<()> {
         };
         bar.at(stage, job.done, Some(job.total));
     };
-    let job = match (&m.freeze, &m.thaw) {
-        (Some(freeze), Some(thaw)) => {
-            let hooks = Hooks {
-                freeze,
-                thaw,
-                limit: Duration::from_secs(u64::from(m.hook_timeout)),
-                done: "The move has ended",
-            };
-            frozen_move(&agent, &name, &request, hooks)?
-        }
-        _ => agent.migrate(&name, &request, &mut follow)?,
+    let job = match Hooks::of(&m.hooks, "The move has ended") {
+        Some(hooks) => frozen_move(&agent, &name, &request, hooks)?,
+        None => agent.migrate(&name, &request, &mut follow)?,
     };
     drop(bar);
     if m.json.json {
@@ -97,7 +94,16 @@ fn whole(path: &Path) -> Result<String> {
     text.ok_or_else(|| Error::invalid("the path is not UTF-8").on(path))
 }
 
-/// A move that waits, before its last rounds, until the user's command has frozen what is inside.
+/// What a move has come to that waits for its hooks.
+enum Stage {
+    /// It waits until what is inside is frozen; its job.
+    Waits(u64),
+    /// The destination has it, and the rest of its data follows.
+    Moved,
+}
+
+/// A move that waits, before its last rounds, until the user's command has frozen what is inside; that is
+/// thawed when the destination has it.
 fn frozen_move(
     agent: &Agent,
     name: &str,
@@ -105,15 +111,19 @@ fn frozen_move(
     hooks: Hooks<'_>,
 ) -> Result<Job> {
     std::thread::scope(|scope| {
-        let (waits, waited) = mpsc::channel();
+        let (tells, told) = mpsc::channel();
         let mover = scope.spawn(move || {
-            let mut said = false;
+            let mut last = MigrationPhase::Tree;
             agent.migrate(name, request, &mut |job| {
-                let freezes = |m: &model::Migration| m.phase == MigrationPhase::Freeze;
-                if !said && job.migration.as_ref().is_some_and(freezes) {
-                    said = true;
+                let now = job.migration.as_ref().map_or(last, |m| m.phase);
+                let stage = match now {
+                    MigrationPhase::Freeze => Stage::Waits(job.id),
+                    MigrationPhase::PostCopy => Stage::Moved,
+                    _ => return,
+                };
+                if std::mem::replace(&mut last, now) != now {
                     // Nobody listens to a move that has ended.
-                    waits.send(job.id).ok();
+                    tells.send(stage).ok();
                 }
             })
         });
@@ -122,32 +132,45 @@ fn frozen_move(
             mover.join().unwrap_or_else(panicked)
         };
         // Its end is the channel's.
-        let Ok(id) = waited.recv() else {
+        let Ok(Stage::Waits(id)) = told.recv() else {
             return end();
         };
-        let mut ended = Some(end);
+        let (mut ended, mut moved) = (Some(end), false);
         let done = frozen::during(
             hooks,
             || {
                 agent.migrate_frozen(name)?;
-                match ended.take() {
-                    Some(end) => end(),
-                    None => Err(Error::invalid("a move that ends twice")),
+                match (told.recv(), ended.take()) {
+                    (Ok(Stage::Moved), end) => {
+                        (ended, moved) = (end, true);
+                        Ok(None)
+                    }
+                    (_, Some(end)) => end().map(Some),
+                    (_, None) => Err(Error::invalid("a move that ends twice")),
                 }
             },
-            |job| match job.state {
-                JobState::Done => "It has moved, as it was after the thaw: consistent as after a \
-                                   power cut. Give it more time with --hook-timeout"
+            |job| match job.is_none_or(|job| job.state == JobState::Done) {
+                true => "It has moved, as it was after the thaw: consistent as after a power cut. \
+                         Give it more time with --hook-timeout"
                     .to_owned(),
-                _ => "It was not moved; give it more time with --hook-timeout".to_owned(),
+                false => "It was not moved; give it more time with --hook-timeout".to_owned(),
             },
         );
-        if let Some(end) = ended {
-            // What was to be frozen is not: it goes on here.
-            agent.cancel(id)?;
-            end().ok();
+        match (done, ended) {
+            (Ok(Some(job)), _) => Ok(job),
+            (Ok(None), Some(end)) => end(),
+            (Ok(None), None) => Err(Error::invalid("a move without an end")),
+            (Err(failed), end) => {
+                if let Some(end) = end {
+                    // What was to be frozen is not: it goes on here. What is said is what failed first.
+                    if !moved {
+                        agent.cancel(id).ok();
+                    }
+                    end().ok();
+                }
+                Err(failed)
+            }
         }
-        done
     })
 }
 

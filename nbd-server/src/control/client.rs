@@ -34,6 +34,8 @@ const LOOK: f64 = 0.25;
 pub struct Client {
     path: PathBuf,
     runtime: Runtime,
+    /// What each request may take.
+    limit: Option<Duration>,
     info: Info,
 }
 
@@ -59,6 +61,16 @@ impl Client {
     /// The service that answers at the socket `path`. Errors: `NotFound` when nobody does, `InUse`
     /// when somebody has it and does not answer. Blocks for at most ten seconds.
     pub fn connect(path: &Path) -> Result<Client> {
+        Client::connect_in(path, HELLO, None)
+    }
+
+    /// The same, for who has no more time: that, and each request, takes `limit` at most. Errors: `InUse`,
+    /// too, where a request took longer; then it may be done or not.
+    pub fn connect_within(path: &Path, limit: Duration) -> Result<Client> {
+        Client::connect_in(path, limit.min(HELLO), Some(limit))
+    }
+
+    fn connect_in(path: &Path, hello_limit: Duration, limit: Option<Duration>) -> Result<Client> {
         let failed = |e| Error::new(Kind::Io, "start the client").caused_by(e);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -66,19 +78,32 @@ impl Client {
         let mut client = Client {
             path: path.to_owned(),
             runtime: runtime.map_err(failed)?,
+            limit,
             info: Info::default(),
         };
         let path_of_info = resource(&["info"]);
         let hello = client.send(Method::GET, &path_of_info, Bytes::new());
-        // Made inside: the time runs on the client's runtime.
-        let hello = async { tokio::time::timeout(HELLO, hello).await };
-        let hello = client.runtime.block_on(hello).unwrap_or_else(|_| {
-            let what = "the service behind the control socket does not answer";
-            let fix = "Look at its log; if it hangs, end it with SIGKILL: nothing flushed is lost";
-            Err(Error::new(Kind::InUse, what).on(path).fix(fix))
-        });
+        let hello = client
+            .runtime
+            .block_on(client.timely(Some(hello_limit), hello));
         client.info = client.read(&hello?)?;
         Ok(client)
+    }
+
+    async fn timely<T>(
+        &self,
+        limit: Option<Duration>,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let Some(limit) = limit else {
+            return work.await;
+        };
+        // Made inside: the time runs on the client's runtime.
+        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+            let what = "the service behind the control socket does not answer";
+            let fix = "Look at its log; if it hangs, end it with SIGKILL: nothing flushed is lost";
+            Err(Error::new(Kind::InUse, what).on(&self.path).fix(fix))
+        })
     }
 
     /// What the service says that it is.
@@ -133,8 +158,8 @@ impl Client {
     }
 
     fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<T> {
-        let bytes = self.runtime.block_on(self.send(method, path, body))?;
-        self.read(&bytes)
+        let answer = self.timely(self.limit, self.send(method, path, body));
+        self.read(&self.runtime.block_on(answer)?)
     }
 
     fn read<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {

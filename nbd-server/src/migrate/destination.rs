@@ -198,7 +198,7 @@ impl Destination {
         }
     }
 
-    fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<End>) -> Result<()> {
+    pub(super) fn serve(self: &Arc<Self>, wire: &mut Wire, end: &Arc<End>) -> Result<()> {
         wire.expect(Type::Hello)?;
         let hello: Hello = wire.record()?;
         if hello.version != VERSION {

@@ -12,6 +12,7 @@ use snapshots::moving::{self, Luggage, enact, stand};
 use snapshots::owner::{self as rules, Answer, Next, Verdict};
 use snapshots::place::Place;
 
+use super::clients;
 use super::feed::feed;
 use super::link::{Address, Link, Stop, Tls};
 use super::source::answer;
@@ -31,7 +32,7 @@ const LET_GO: Duration = Duration::from_secs(30);
 pub enum Settled {
     /// The disk is this service's.
     Here,
-    /// It is the destination's; nothing is left of it here.
+    /// It is the destination's; nothing is left of it here, but files that are to stay.
     There,
     /// It is the destination's, and what is left here is for somebody to decide.
     InDoubt,
@@ -77,6 +78,7 @@ pub fn settle(
     };
     let record = record.ok_or_else(none)?;
     let verdict = verdict(&record).ok_or_else(none)?;
+    clients::follow(root.store(), &dir, record.id, verdict);
     let (name, address) = peer(&record).ok_or_else(none)?;
     let address = Address::parse(address)?;
     if verdict == Verdict::Given {
@@ -105,7 +107,8 @@ pub fn settle(
     if let (State::Given, Answer::Needs(_)) = (record.state, answer) {
         tracing::info!(container, id = %record.id, "its data goes on to follow");
         feed(&mut wire, Place::container(root, container)?)?;
-        return left(root, container, &record, &mut wire);
+        let next = rules::source(stand(Some(&record)), Answer::Taken(rules::TAKEN));
+        return left(root, container, &record, next, &mut wire);
     }
     let next = rules::source(stand(Some(&record)), answer);
     match next {
@@ -119,6 +122,7 @@ pub fn settle(
         // Clients may use it: a record that goes changes nothing for them.
         (State::Offered, Next::Own) => {
             forget(root, container, record.id)?;
+            clients::forget(root.store(), &dir);
             Ok(Settled::Here)
         }
         (_, Next::Stay) => Ok(Settled::InDoubt),
@@ -127,19 +131,19 @@ pub fn settle(
             enact(root, container, record.id, next)?;
             Ok(Settled::InDoubt)
         }
-        (_, next) => {
-            if next == Next::Remove {
-                return left(root, container, &record, &mut wire);
-            }
-            enact(root, container, record.id, next)?;
-            Ok(Settled::InDoubt)
-        }
+        (_, next) => left(root, container, &record, next, &mut wire),
     }
 }
 
-/// It is the destination's, and complete there.
-fn left(root: &Root, container: &str, record: &Record, wire: &mut Wire) -> Result<Settled> {
-    enact(root, container, record.id, Next::Remove)?;
+/// It is the destination's, and complete there; `next` is what becomes of it here.
+fn left(
+    root: &Root,
+    container: &str,
+    record: &Record,
+    next: Next,
+    wire: &mut Wire,
+) -> Result<Settled> {
+    enact(root, container, record.id, next)?;
     let known = wire.send(Type::Confirmed, &[]).and_then(|()| wire.flush());
     if let Err(e) = known.and_then(|()| wire.expect(Type::Done)) {
         tracing::warn!(container, error = %e, "the destination was not told that we know");

@@ -24,6 +24,7 @@
 //! Until 6 an error, or a word, ends the move: requests go on here. From 6 on the disk is not opened
 //! here any more; where the destination does not answer, it is told when the service next reaches it.
 
+mod course;
 mod last;
 mod pieces;
 mod terms;
@@ -40,15 +41,18 @@ use ploop::owner::{Owner, Record, State};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
 use snapshots::moving::{self, Luggage, later};
-use snapshots::owner::{Answer, BEGUN, KEPT, Next, Verdict};
+use snapshots::owner::{Answer, BEGUN, KEEPS, Next, TAKEN, Verdict};
 use snapshots::place::Place;
 use snapshots::snapshot::{self, Live, NewSnapshot};
 use snapshots::stream;
 
-pub use terms::{Deadline, Failed, Holder, Moved, Options, Progress, Watch};
+pub use super::clients::Holder;
+pub use terms::{Deadline, Failed, Moved, Options, Progress, Watch};
 
+use course::{Course, Then};
 use pieces::{bits, heat, order, stretches};
 
+use super::clients;
 use super::feed::feed;
 use super::link::Link;
 use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
@@ -66,12 +70,9 @@ const RUNS: usize = 512 << 10;
 const LET_GO: Duration = Duration::from_secs(30);
 /// How long the hand-over may take, beside the downtime that was asked for; clients wait for it.
 const HAND_OVER: Duration = Duration::from_secs(10);
-/// How long the destination may take to say that it has dropped what it has.
+/// How long the destination may take to say that it has dropped what it has, or that it knows that we
+/// know.
 const TAKE_BACK: Duration = Duration::from_secs(3);
-/// Rounds in a row that leave more than half of what the best one did; then it does not converge.
-const STUBBORN: u32 = 2;
-/// Clients are let write as many bytes per second at least.
-const BRAKE_MIN: u64 = 256 << 10;
 
 /// A container on its way.
 pub struct Source<'a> {
@@ -144,8 +145,8 @@ impl Source<'_> {
         let gone = self.go(&mut wire, &mut way);
         self.disk.gate().brake(0);
         match gone {
-            Ok(door) => {
-                self.leave(&mut wire, way.id, &door);
+            Ok((door, next)) => {
+                self.leave(&mut wire, way.id, &door, next);
                 Ok(way.moved)
             }
             Err(failed) => {
@@ -166,13 +167,23 @@ impl Source<'_> {
         }
     }
 
-    /// All steps but the last. Gives the closed door: nobody has the disk open but this.
-    fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<Door, Failed> {
+    /// All steps but the last. Gives the closed door, nobody has the disk open but this; and what becomes
+    /// of it here.
+    fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<(Door, Next), Failed> {
         self.before(wire, way).map_err(Failed::Here)?;
-        // 4.
+        // 4. The holder first: who finds the record finds what goes with it.
+        let (store, dir) = (self.place.store(), self.place.dir());
+        let back = match &self.options.holder {
+            Some(holder) => {
+                let checked = holder.check(self.place.shown(), &self.options.name);
+                let entered = checked.and_then(|()| holder.enter(store, dir, way.id));
+                Some(entered.map_err(Failed::Here)?)
+            }
+            None => None,
+        };
         let owner = Owner::write(
-            self.place.store(),
-            self.place.dir(),
+            store,
+            dir,
             Record {
                 state: State::Offered,
                 id: way.id,
@@ -184,7 +195,7 @@ impl Source<'_> {
         self.deadline.set(Some(HAND_OVER + self.options.downtime));
         let door = self.disks.close_door(self.place.shown());
         let at = Instant::now();
-        match self.hand_over(wire, way, &mut owner) {
+        match self.hand_over(wire, way, &mut owner, back.as_deref()) {
             Ok(()) => {}
             Err(Failed::Here(e)) => {
                 drop(door);
@@ -192,9 +203,9 @@ impl Source<'_> {
                 self.take_back(wire);
                 return Err(Failed::Here(e));
             }
-            Err(Failed::Given(e)) => {
+            Err(failed) => {
                 self.close();
-                return Err(Failed::Given(e));
+                return Err(failed);
             }
         }
         let answered = wire
@@ -204,46 +215,51 @@ impl Source<'_> {
         way.moved.bytes = wire.bytes();
         way.moved.written = way.written.dirty_bytes();
         self.close();
-        let answer = answered.map_err(Failed::Given)?;
+        let mut answer = answered.map_err(Failed::Given)?;
         if let Answer::Needs(_) = answer {
             self.deadline.set(None);
             self.watch.fed();
             let place = Place::container(self.root().map_err(Failed::Given)?, self.place.shown());
             let fed = place.and_then(|place| feed(wire, place));
-            fed.map_err(Failed::Given)?;
-            return Ok(door);
+            fed.map_err(Failed::Fed)?;
+            answer = Answer::Taken(TAKEN);
         }
-        let next = snapshots::owner::source(Some((State::Given, BEGUN)), answer);
-        if next == Next::Remove {
-            return Ok(door);
+        let next = snapshots::owner::source(Some((State::Given, self.gives())), answer);
+        if next != Next::Stay {
+            return Ok((door, next));
         }
         let what = format!("{} does not know of the move {}", wire.peer(), way.id);
         Err(Failed::Given(Error::new(Kind::NotFound, what)))
     }
 
     /// Step 7. What fails of it changes nothing for who has the disk now.
-    fn leave(self, wire: &mut Wire, id: Guid, door: &Door) {
+    fn leave(self, wire: &mut Wire, id: Guid, door: &Door, next: Next) {
         let (name, root, disks) = (self.place.shown().to_owned(), self.place.root(), self.disks);
-        let keep = self.options.keep;
+        let deadline = self.deadline.clone();
         drop(self);
         // Whoever else looked at it lets go.
         disks.wait_closed(door, LET_GO);
-        let next = match keep {
-            true => Next::Become(State::Given, KEPT),
-            false => Next::Remove,
-        };
         if let Some(root) = root
             && let Err(e) = moving::enact(root, &name, id, next)
         {
             tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
             return;
         }
+        deadline.set(Some(TAKE_BACK));
         let known = wire
             .send(Type::Confirmed, &[])
             .and_then(|()| wire.flush())
             .and_then(|()| wire.expect(Type::Done));
         if let Err(e) = known {
             tracing::warn!(container = name, error = %e, "the destination was not told that we know");
+        }
+    }
+
+    /// The epoch of its record when it is given: whether its files stay is known to who comes back, too.
+    fn gives(&self) -> u64 {
+        match self.options.keep {
+            true => KEEPS,
+            false => BEGUN,
         }
     }
 
@@ -265,8 +281,7 @@ impl Source<'_> {
 
     /// The container's own export, and its snapshots'.
     fn is_of(&self, export: &str) -> bool {
-        let rest = export.strip_prefix(self.place.shown());
-        rest.is_some_and(|r| r.is_empty() || r.starts_with('@'))
+        clients::is_of(self.place.shown(), export)
     }
 
     /// The destination drops what it has; the record goes when it says so, or later.
@@ -277,7 +292,11 @@ impl Source<'_> {
             .and_then(|()| answer(wire))
             .and_then(|answer| {
                 match snapshots::owner::source(Some((State::Offered, BEGUN)), answer) {
-                    Next::Own => ploop::owner::remove(self.place.store(), self.place.dir()),
+                    Next::Own => {
+                        ploop::owner::remove(self.place.store(), self.place.dir())?;
+                        clients::forget(self.place.store(), self.place.dir());
+                        Ok(())
+                    }
                     _ => Err(wire.wrong("an answer that nobody asked for")),
                 }
             });
@@ -288,13 +307,19 @@ impl Source<'_> {
 
     /// Steps 1 to 3.
     fn before(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        let life = self.disk.life()?;
+        let luggage = {
+            // A change of them that had begun before the move is done.
+            let _arranging = self.disk.disk().arrange();
+            Luggage::of(self.live(), Some(life))?
+        };
         let hello = Hello {
             version: VERSION,
             id: way.id.to_string(),
             name: self.options.name.clone(),
             purpose: Purpose::Move,
             later: self.options.later,
-            luggage: Luggage::of(self.live(), Some(self.disk.life()?))?,
+            luggage,
         };
         wire.say(Type::Hello, &hello)?;
         wire.expect(Type::Welcome)?;
@@ -309,12 +334,12 @@ impl Source<'_> {
         // 2.
         self.tree(wire, way, &welcome)?;
         if self.options.later {
-            self.watch.freeze()?;
+            self.watch.freeze(&mut || sync(wire))?;
             return self.seal(wire, way).map_err(|e| self.said(wire, e));
         }
         // 3.
         let rounds = self.converge(wire, way).and_then(|()| {
-            self.watch.freeze()?;
+            self.watch.freeze(&mut || sync(wire))?;
             self.round(wire, way).map(drop)
         });
         rounds.map_err(|e| self.said(wire, e))
@@ -324,7 +349,7 @@ impl Source<'_> {
     /// too. The destination has opened all of it on return; what is written meanwhile goes with the rest.
     fn seal(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
         if self.options.brake {
-            self.disk.gate().brake(BRAKE_MIN);
+            self.disk.gate().brake(course::BRAKE_MIN);
         }
         // Before the barrier: it has less to sync then.
         self.disk.flush()?;
@@ -339,9 +364,7 @@ impl Source<'_> {
         moving::mark(self.live(), way.last)?;
         self.tell(wire, way.last)?;
         wire.send(Type::Open, &[])?;
-        wire.send(Type::Sync, &[])?;
-        wire.flush()?;
-        wire.expect(Type::Synced)
+        sync(wire)
     }
 
     /// Tells where an image has data.
@@ -402,9 +425,7 @@ impl Source<'_> {
                 self.refuse_cancelled()?;
                 self.tell(wire, image)?;
             }
-            wire.send(Type::Sync, &[])?;
-            wire.flush()?;
-            wire.expect(Type::Synced)?;
+            sync(wire)?;
         }
         let seconds = way.began.elapsed().as_secs_f64().max(0.001);
         way.moved.data = sent.data;
@@ -429,43 +450,36 @@ impl Source<'_> {
 
     /// Rounds, until what is left fits the downtime.
     fn converge(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
-        let (mut least, mut stubborn) = (u64::MAX, 0);
+        let mut course = Course::new(self.options.brake);
         loop {
             let left = self.round(wire, way)?;
-            // A part of it is for the rest of the hand-over.
-            let fits = way.progress.rate as f64 * self.options.downtime.as_secs_f64() * 0.75;
-            if left as f64 <= fits {
-                return Ok(());
-            }
-            stubborn = match left < least / 2 {
-                true => 0,
-                false => stubborn + 1,
-            };
-            least = least.min(left);
-            if stubborn >= STUBBORN && self.options.brake {
-                // What can be sent is what may be written, and less each time that it is not enough.
-                let rate = match way.progress.brake {
-                    0 => way.progress.rate,
-                    rate => rate,
-                };
-                way.progress.brake = (rate / 2).max(BRAKE_MIN);
-                self.disk.gate().brake(way.progress.brake);
-                tracing::info!(
-                    container = self.place.shown(),
-                    written = way.progress.dirty_rate,
-                    sent = way.progress.rate,
-                    brake = way.progress.brake,
-                    "a move does not converge: clients are slowed down"
-                );
-                stubborn = STUBBORN - 1;
-            } else if stubborn >= STUBBORN {
-                let what = format!(
-                    "it does not converge: {} bytes a second are written, {} sent, and {left} bytes \
-                     are left after {} rounds",
-                    way.progress.dirty_rate, way.progress.rate, way.moved.rounds
-                );
-                return Err(Error::new(Kind::Io, what)
-                    .fix("Give it a longer --downtime, a higher --rate, or leave out --no-brake"));
+            match course.after(left, way.progress.rate, self.options.downtime) {
+                Then::Fits => return Ok(()),
+                Then::Again => {}
+                Then::Brake(rate) => {
+                    way.progress.brake = rate;
+                    self.disk.gate().brake(rate);
+                    tracing::info!(
+                        container = self.place.shown(),
+                        written = way.progress.dirty_rate,
+                        sent = way.progress.rate,
+                        brake = rate,
+                        "a move does not converge: clients are slowed down"
+                    );
+                }
+                Then::Never => {
+                    let what = format!(
+                        "it does not converge: {} bytes a second are written, {} sent, and {left} \
+                         bytes are left after {} rounds",
+                        way.progress.dirty_rate, way.progress.rate, way.moved.rounds
+                    );
+                    return Err(Error::new(Kind::Io, what).fix(match self.options.brake {
+                        true => "Give it a longer --downtime, or a higher --rate; or --post-copy",
+                        false => {
+                            "Give it a longer --downtime, a higher --rate, or leave out --no-brake"
+                        }
+                    }));
+                }
             }
         }
     }
@@ -496,9 +510,7 @@ impl Source<'_> {
             way.progress.left = left + again.dirty_bytes();
             self.watch.progress(way.progress);
         }
-        wire.send(Type::Sync, &[])?;
-        wire.flush()?;
-        wire.expect(Type::Synced)?;
+        sync(wire)?;
         let seconds = began.elapsed().as_secs_f64().max(0.000_1);
         let left = again.dirty_bytes();
         let sent = wire.bytes() - before;
@@ -534,6 +546,13 @@ impl Source<'_> {
 
 fn cancelled() -> Error {
     Error::new(Kind::Io, "the move was told to end")
+}
+
+/// All that was sent is there, and durable.
+fn sync(wire: &mut Wire) -> Result<()> {
+    wire.send(Type::Sync, &[])?;
+    wire.flush()?;
+    wire.expect(Type::Synced)
 }
 
 /// The destination's answer.

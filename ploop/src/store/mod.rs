@@ -29,6 +29,7 @@ mod delegate;
 pub mod memory;
 pub mod real;
 pub mod recording;
+mod replace;
 pub mod reserved;
 pub mod ring;
 
@@ -40,6 +41,7 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 
 pub use real::RealStore;
+pub use replace::replace;
 
 /// Bytes of a sector: the unit of the on-disk format and of atomic writes.
 pub const SECTOR: u64 = 512;

@@ -39,10 +39,12 @@ struct World {
     /// Decisions that operators may still make.
     decisions: u8,
     decided: bool,
+    /// The epoch in which the source gives it: with its files, or without.
+    gives: u64,
 }
 
 impl World {
-    fn begun(decisions: u8) -> World {
+    fn begun(decisions: u8, gives: u64) -> World {
         World {
             source: None,
             source_has: true,
@@ -52,6 +54,7 @@ impl World {
             sent: BTreeSet::new(),
             decisions,
             decided: false,
+            gives,
         }
     }
 
@@ -100,7 +103,7 @@ impl World {
             }
             Message::Ready => {
                 if w.doing == Doing::Offers {
-                    w.source = Some((State::Given, BEGUN));
+                    w.source = Some((State::Given, w.gives));
                     w.tell();
                 }
             }
@@ -120,7 +123,7 @@ impl World {
                     if next != Next::Stay {
                         w.doing = Doing::Nothing;
                     }
-                    if next == Next::Remove {
+                    if has_left(next) {
                         w.send(Message::Confirmed);
                     }
                 }
@@ -195,7 +198,7 @@ impl World {
             w.destination_next(next);
             let next = source(w.source, answer);
             w.source_next(next);
-            if next == Next::Remove {
+            if has_left(next) {
                 let next = confirmed(w.destination);
                 w.destination_next(next);
             }
@@ -204,8 +207,17 @@ impl World {
     }
 }
 
+/// The destination hears that the source knows.
+fn has_left(next: Next) -> bool {
+    matches!(next, Next::Remove | Next::Become(State::Given, KEPT))
+}
+
 fn every(decisions: u8) -> HashSet<World> {
-    let mut seen = HashSet::from([World::begun(decisions)]);
+    every_of(World::begun(decisions, BEGUN))
+}
+
+fn every_of(begun: World) -> HashSet<World> {
+    let mut seen = HashSet::from([begun]);
     let mut left: Vec<World> = seen.iter().cloned().collect();
     let mut next = Vec::new();
     while let Some(w) = left.pop() {
@@ -234,6 +246,25 @@ fn never_two_owners_and_in_the_end_exactly_one() {
     }
     assert_eq!(ends.len(), 2, "it stays, and it moves: {ends:?}");
     assert!(all.len() > 20, "{}", all.len());
+}
+
+/// Files that are to stay do, whatever is lost and whoever crashes; and nobody opens them.
+#[test]
+fn what_is_to_be_kept_is_there_in_the_end() {
+    for w in every_of(World::begun(0, KEEPS)) {
+        assert!(
+            !(w.source_owns() && w.destination_owns()),
+            "two owners: {w:?}"
+        );
+        assert!(w.source_has, "{w:?}");
+        let end = w.settled();
+        assert!(
+            end.source_owns() != end.destination_owns(),
+            "{end:?}\nfrom: {w:?}"
+        );
+        let kept = end.source == Some((State::Given, KEPT));
+        assert_eq!(kept, end.destination_owns(), "{end:?}\nfrom: {w:?}");
+    }
 }
 
 /// What a crashed side finds is no worse than what it left: a destination that had the disk has it.

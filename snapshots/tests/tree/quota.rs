@@ -93,6 +93,39 @@ fn a_full_quota_refuses_no_merge_that_needs_a_block_of_the_table() {
     }
 }
 
+/// Goal: a full container can go on writing over what it has while it moves, and gets no more by that.
+#[test]
+fn the_snapshot_of_a_move_is_not_held_against_who_writes() {
+    let host = Host::on(MemoryStore::shared());
+    host.init_of(Version::V2, MANY);
+    let place = host.place();
+    let disk = place.open().unwrap();
+    let write =
+        |cluster: u64, fill: u8| disk.write(cluster * CLUSTER, &vec![fill; CLUSTER as usize]);
+    (1..4).for_each(|cluster| write(cluster, 7).unwrap());
+    disk.flush().unwrap();
+    quota::set_limit(&place, Some(&disk), Some(1 << 30)).unwrap();
+    let account = disk.account().unwrap();
+    let limit = account.used();
+    quota::set_limit(&place, Some(&disk), Some(limit)).unwrap();
+    let node = snap(&place, &disk);
+    assert_eq!(write(1, 8).unwrap_err().kind(), Kind::NoSpace);
+    let live = Live {
+        place: &place,
+        disk: &disk,
+    };
+    snapshots::moving::mark(live, node).unwrap();
+    (1..4).for_each(|cluster| write(cluster, 8).unwrap());
+    assert_eq!(write(4, 8).unwrap_err().kind(), Kind::NoSpace);
+    assert_eq!(account.limit(), Some(limit), "as it is shown");
+    assert_eq!(delete::run(live, &Quiet).unwrap().removed, 1);
+    assert_eq!(write(4, 8).unwrap_err().kind(), Kind::NoSpace);
+    write(1, 9).unwrap();
+    assert!(account.used() <= limit, "{} of {limit}", account.used());
+    disk.close().unwrap();
+    assert_eq!(charged(&disk), held(&host));
+}
+
 /// A disk on `record` with a limit, if it has one, and a leaf beside its top.
 fn with_leaf(host: &Host, limited: bool) -> Guid {
     host.init_of(Version::V2, MANY);

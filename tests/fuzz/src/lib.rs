@@ -72,6 +72,11 @@ pub const TARGETS: &[Target] = &[
         run: targets::stream::run,
         len_max: 4096,
     },
+    Target {
+        name: "migrate",
+        run: targets::migrate::run,
+        len_max: 16384,
+    },
 ];
 
 /// The target of that name.

@@ -14,7 +14,7 @@ use ploop::store::{Access, SECTOR, Store};
 
 use crate::Target;
 use crate::base::{Base, CLUSTER, disk, image};
-use crate::targets::{image as images, journal, stream, undo};
+use crate::targets::{image as images, journal, migrate, stream, undo};
 
 /// Bytes of a file of the corpus that are looked at.
 const READ_MAX: u64 = 4 << 20;
@@ -32,6 +32,7 @@ pub fn write(target: &Target, dir: &Path) -> usize {
         "journal" => one(&journal::base().store, journal::JOURNAL),
         "undo" => one(undo::repaired(), undo::UNDO),
         "stream" => stream::seeds(),
+        "migrate" => migrate::seeds(),
         other => panic!("{other} has no seeds"),
     };
     all.retain(|s| s.len() <= target.len_max);

@@ -1,6 +1,7 @@
 //! Moves whose end one side does not know: nobody opens what is in doubt, everybody is told what it is
 //! and what may be done, and what was decided is what comes.
 
+use ploop::owner;
 use ploop_tests::mount::wait_for;
 
 use super::proxy::{ANSWER, Flow, Proxy, READY, SAYS};
@@ -27,10 +28,14 @@ fn sides() -> (Side, Side, Vec<u8>) {
 impl Cut {
     /// The frame does not come through, and leaves these states.
     fn at(kind: u8, states: (&str, &str)) -> Cut {
+        Cut::of(kind, states, |_| ())
+    }
+
+    fn of(kind: u8, states: (&str, &str), change: impl FnOnce(&mut Migrate)) -> Cut {
         let (source, destination, bytes) = sides();
         let proxy = Proxy::new(&socket(&destination.rig));
         proxy.stop_at(kind, Flow::Cut);
-        let id = begin(source.here(), &proxy.address(), |_| ());
+        let id = begin(source.here(), &proxy.address(), change);
         let failed = source.here().api().wait(id, |_| ()).unwrap_err();
         let is = || (source.state(), destination.state());
         wait_for("the states of both", || is() == states);
@@ -94,7 +99,7 @@ fn what_is_in_doubt_is_opened_by_nobody() {
     let cut = Cut::in_doubt();
     let to = cut.proxy.address();
     look(&cut.source, &cut.destination);
-    is_shown_and_refused(&cut.source, "given", &to);
+    is_shown_and_refused(&cut.source, "given", &format!("{to} (as ct)"));
     is_shown_and_refused(&cut.destination, "ready", "migrate.sock");
     // By a service that starts, too, and without one.
     let Cut {
@@ -106,7 +111,7 @@ fn what_is_in_doubt_is_opened_by_nobody() {
     for side in [&mut source, &mut destination] {
         let state = side.state();
         side.kill();
-        let peer = side.record().unwrap().peer;
+        let peer = owner::shown(&side.record().unwrap().peer);
         let says = [&peer, "--resolve take"];
         side.rig.refused(5, ["set", "ct", "--quota", "64M"], &[]);
         side.rig.refused(5, ["compact", "ct"], &says);
@@ -252,4 +257,23 @@ fn a_silent_peer_does_not_keep_one_from_deciding() {
     cut.proxy.cut();
     assert!(!cut.heal());
     cut.is_right(&cut.source);
+}
+
+/// Goal: files that are to stay do, also when the source hears only later that the move has ended.
+#[test]
+fn what_is_kept_is_kept_by_who_comes_back() {
+    let mut cut = Cut::of(ANSWER, ("given", "taken"), |m| m.keep = true);
+    cut.source.kill();
+    cut.proxy.open();
+    cut.source.start();
+    let confirmed = || cut.destination.state() == "none";
+    wait_for("the destination to know", confirmed);
+    assert!(cut.destination.owns());
+    cut.is_right(&cut.destination);
+    let rig = &cut.source.rig;
+    rig.refused(5, ["snapshot", "create", "ct"], &["was given"]);
+    // Whoever takes it all the same is told what he has.
+    let said = decide(&cut.source, "take");
+    assert!(said.contains("two containers"), "{said}");
+    assert!(content(cut.source.here(), "ct") == cut.bytes);
 }

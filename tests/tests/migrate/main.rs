@@ -12,6 +12,8 @@ mod clients;
 mod damage;
 mod doubt;
 mod fed;
+mod held;
+mod hooks;
 mod killed;
 mod later;
 mod mounted;

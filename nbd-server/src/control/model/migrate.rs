@@ -33,6 +33,9 @@ pub struct Migrate {
     /// Wait, before the last rounds, until somebody says that what is inside is frozen.
     #[serde(default)]
     pub freeze: bool,
+    /// For so many seconds at most; then the move fails. 60 where nobody says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_seconds: Option<u64>,
 }
 
 /// A holder (`ploop hold`) that is to go to the destination at the hand-over.

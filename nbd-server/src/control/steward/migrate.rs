@@ -11,8 +11,13 @@ use snapshots::{backup, moving};
 
 /// How long clients may wait at the hand-over, where nobody says.
 const DOWNTIME: Duration = Duration::from_millis(20);
-/// How long the destination may be silent.
-const SILENCE: Duration = Duration::from_secs(60);
+/// How long the destination may be silent: it makes durable what it has, which may be all that its
+/// memory holds. In the hand-over there is another end to it.
+const SILENCE: Duration = Duration::from_secs(600);
+/// How long it is waited until what is inside is frozen, where nobody says.
+const FREEZE: Duration = Duration::from_secs(60);
+/// Between two signs of life meanwhile.
+const PING: Duration = Duration::from_secs(10);
 /// Between two looks whether what is inside is frozen.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -57,6 +62,11 @@ impl Steward {
             Ended::Done(_) => {}
             _ => return Ok(Ended::Cancelled),
         }
+        let holder = request.holder.as_ref().map(|h| Holder {
+            control: h.control.clone().into(),
+            to: h.to.clone(),
+        });
+        holder.iter().try_for_each(|h| h.check(container, &name))?;
         let deadline = Arc::new(Deadline::default());
         let (asked, until) = (job.clone(), deadline.clone());
         let stop: Stop = Arc::new(move || until.is_over(asked.cancelled()));
@@ -65,10 +75,7 @@ impl Steward {
         let options = Options {
             name,
             downtime: request.downtime_ms.map_or(DOWNTIME, Duration::from_millis),
-            holder: request.holder.as_ref().map(|h| Holder {
-                control: h.control.clone().into(),
-                to: h.to.clone(),
-            }),
+            holder,
             keep: request.keep,
             later: request.post_copy,
             brake: !request.no_brake,
@@ -78,7 +85,10 @@ impl Steward {
             container,
             job,
             rate: request.rate,
-            freeze: request.freeze,
+            freeze: request.freeze.then(|| {
+                let seconds = request.freeze_seconds;
+                seconds.map_or(FREEZE, Duration::from_secs)
+            }),
             start: Instant::now(),
             moved: AtomicU64::new(0),
             last: Mutex::default(),
@@ -112,6 +122,14 @@ impl Steward {
                     false => Err(e),
                 }
             }
+            Err(Failed::Fed(e)) => {
+                let what = format!(
+                    "{container} was given to {to}, which has it; some of its data is still here ({e})"
+                );
+                Err(Error::new(Kind::Io, what).fix(
+                    "It follows by itself as long as a service runs here. Keep its files until then",
+                ))
+            }
             Err(Failed::Given(e)) => {
                 let what = format!(
                     "{container} was given to {to}, which has not said that it has it ({e})"
@@ -143,7 +161,7 @@ impl Steward {
         };
         let what = format!(
             "the last move of {container}, to {}, has not ended ({left})",
-            record.peer
+            ploop::owner::shown(&record.peer)
         );
         Err(Error::new(Kind::InUse, what).fix(format!(
             "It ends as soon as that service is there; if it is gone for good: ploop migrate \
@@ -180,7 +198,8 @@ struct Watching<'a> {
     container: &'a str,
     job: &'a JobHandle,
     rate: Option<u64>,
-    freeze: bool,
+    /// How long it is waited for that, if at all.
+    freeze: Option<Duration>,
     start: Instant,
     moved: AtomicU64,
     last: Mutex<Migration>,
@@ -193,6 +212,35 @@ impl Watching<'_> {
         self.job
             .progress(last.sent, last.sent.saturating_add(last.left));
         self.job.migration(last.clone());
+    }
+
+    fn wait_frozen(
+        &self,
+        limit: Duration,
+        ping: &mut dyn FnMut() -> Result<()>,
+        frozen: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let (began, mut pinged) = (Instant::now(), Instant::now());
+        while !frozen() {
+            if self.job.cancelled() {
+                return Err(Error::new(Kind::Io, "the move was told to end"));
+            }
+            if began.elapsed() >= limit {
+                let what = format!(
+                    "nobody said within {} s that what is inside {} is frozen",
+                    limit.as_secs(),
+                    self.container
+                );
+                return Err(Error::new(Kind::Io, what)
+                    .fix("It goes on here. Give the freeze more time with --hook-timeout"));
+            }
+            if pinged.elapsed() >= PING {
+                ping()?;
+                pinged = Instant::now();
+            }
+            self.job.sleep(LOOK);
+        }
+        Ok(())
     }
 
     fn over(&self, moved: source::Moved) {
@@ -237,19 +285,16 @@ impl source::Watch for Watching<'_> {
         });
     }
 
-    fn freeze(&self) -> Result<()> {
-        if self.freeze {
+    fn freeze(&self, ping: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if let Some(limit) = self.freeze {
             let waits = &self.steward.frozen;
             let lock = || waits.lock().unwrap_or_else(PoisonError::into_inner);
             lock().insert(self.container.to_owned(), false);
             self.show(|m| m.phase = MigrationPhase::Freeze);
-            while !self.job.cancelled() && lock().get(self.container) == Some(&false) {
-                self.job.sleep(LOOK);
-            }
+            let frozen =
+                self.wait_frozen(limit, ping, &|| lock().get(self.container) == Some(&true));
             lock().remove(self.container);
-            if self.job.cancelled() {
-                return Err(Error::new(Kind::Io, "the move was told to end"));
-            }
+            frozen?;
         }
         self.show(|m| m.phase = MigrationPhase::HandOver);
         Ok(())

@@ -1,14 +1,11 @@
 //! What is asked of a move, and what is seen of it.
 
-use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ploop::error::{Error, Result};
 
-use crate::control::Client;
-use crate::control::client::resource;
-use crate::hold::model::{Move, Status};
+use crate::migrate::clients::Holder;
 
 /// What is asked of a move.
 #[derive(Clone, Debug)]
@@ -53,8 +50,9 @@ pub trait Watch: Sync {
     /// Where it is.
     fn progress(&self, progress: Progress);
     /// Before the last rounds: whoever is inside makes the disk's content consistent, and keeps it so
-    /// until the move has ended. An error ends it.
-    fn freeze(&self) -> Result<()>;
+    /// until the destination has it. Where that takes long, `ping` is called every few seconds: the
+    /// destination is there, and hears that we are. An error ends the move.
+    fn freeze(&self, ping: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// The destination has it; its data follows.
     fn fed(&self);
 }
@@ -83,15 +81,8 @@ pub enum Failed {
     Here(Error),
     /// It was given, and the destination has not said that it has it.
     Given(Error),
-}
-
-/// Who has the clients' sockets (`ploop hold`).
-#[derive(Clone, Debug)]
-pub struct Holder {
-    /// Its control socket.
-    pub control: PathBuf,
-    /// Where it finds the disk at the destination.
-    pub to: String,
+    /// The destination has it, and the link broke before all of its data was there.
+    Fed(Error),
 }
 
 /// Until when what is under way may take; the move's own end is its watch's.
@@ -104,25 +95,18 @@ impl Deadline {
             from_now.map(|d| Instant::now() + d);
     }
 
+    /// How much time is left, at most `most`.
+    pub(super) fn left(&self, most: Duration) -> Duration {
+        let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        until.map_or(most, |until| {
+            until.saturating_duration_since(Instant::now()).min(most)
+        })
+    }
+
     /// Whether the link is to break, of a move that `cancelled` says is to end: in the hand-over it does
     /// not, but that takes no longer than this.
     pub fn is_over(&self, cancelled: bool) -> bool {
         let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         until.map_or(cancelled, |until| Instant::now() >= until)
-    }
-}
-
-impl Holder {
-    /// Where it is now.
-    pub(super) fn now(&self) -> Result<String> {
-        let status: Status = Client::connect(&self.control)?.get(&resource(&["holder"]))?;
-        Ok(status.to)
-    }
-
-    pub(super) fn send(&self, to: &str) -> Result<()> {
-        let to = Move { to: to.to_owned() };
-        let client = Client::connect(&self.control)?;
-        let _: Status = client.post(&resource(&["holder", "to"]), &to)?;
-        Ok(())
     }
 }

@@ -1,3 +1,4 @@
+use super::course::{Course, Then};
 use super::pieces::{BLOCK, REGION, ZEROS_MIN};
 use super::*;
 
@@ -85,4 +86,49 @@ fn stretches_are_all_of_it_and_zeros_only_where_there_are() {
         }
         assert_eq!(at, buf.len(), "{layout:?}");
     }
+}
+
+/// Rounds that leave what `left` says, of their number and of what clients are let write, until they end.
+fn course(brake: bool, left: &dyn Fn(u64, u64) -> u64) -> (Then, u64) {
+    let (mut course, mut braked) = (Course::new(brake), u64::MAX);
+    for round in 1.. {
+        match course.after(left(round, braked), 10 << 20, Duration::from_millis(20)) {
+            Then::Again => {}
+            Then::Brake(rate) => {
+                assert!(
+                    rate < braked,
+                    "clients are slowed down to {rate} from {braked}"
+                );
+                braked = rate;
+            }
+            end => return (end, round),
+        }
+        assert!(round < 1000, "it does not end");
+    }
+    unreachable!()
+}
+
+#[test]
+fn rounds_have_an_end_whatever_is_written() {
+    let never: [&dyn Fn(u64, u64) -> u64; 4] = [
+        // A link so slow that even what is let through is too much; one that jumps; one that falters.
+        &|_, _| 1 << 30,
+        &|_, brake| (1 << 20) + brake / 2,
+        &|round, _| (1 << 20) << (round % 3),
+        &|round, _| (1 << 30) - round,
+    ];
+    for (n, left) in never.into_iter().enumerate() {
+        for brake in [true, false] {
+            assert_eq!(course(brake, left).0, Then::Never, "{n} {brake}");
+        }
+    }
+    // Each leaves a tenth; and what is let through, of a link that it fits at last.
+    assert_eq!(
+        course(false, &|round, _| (1 << 40) >> (4 * round)).0,
+        Then::Fits
+    );
+    assert_eq!(
+        course(true, &|_, brake| brake.min(1 << 30) / 8).0,
+        Then::Fits
+    );
 }

@@ -4,6 +4,7 @@ pub mod descriptor;
 pub mod header;
 pub mod image;
 pub mod journal;
+pub mod migrate;
 pub mod qcow2;
 pub mod stream;
 pub mod undo;
