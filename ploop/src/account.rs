@@ -64,8 +64,8 @@ impl Account {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// `granules` may be charged beyond the limit, for as long as nobody says otherwise: what is charged
-    /// has as many that are about to be given up.
+    /// `granules` may be charged beyond the limit, and never more than the limit once more, for as long as
+    /// nobody says otherwise: what is charged has as many that are about to be given up.
     pub fn set_spare(&self, granules: u64) {
         self.spare.store(granules, Ordering::Relaxed);
     }
@@ -79,7 +79,8 @@ impl Account {
     /// where that would be beyond the limit, or the host has no room, with nothing charged.
     pub fn take(&self, granules: u64) -> Result<Paid> {
         let limit = self.limit.load(Ordering::Relaxed);
-        let most = limit.saturating_add(self.spare.load(Ordering::Relaxed));
+        let spare = self.spare.load(Ordering::Relaxed).min(limit);
+        let most = limit.saturating_add(spare);
         let fits = |used: u64| used.checked_add(granules).filter(|&sum| sum <= most);
         if granules == 0 {
             return Ok(Paid::default());
@@ -170,6 +171,8 @@ mod tests {
         drop(a.take(1).unwrap());
         assert_eq!(a.limit(), Some(12 * GRANULE));
         assert!(a.take(1).is_err());
+        a.set_spare(1 << 40);
+        assert!(a.take(12).is_err(), "at most the limit once more");
         a.set_spare(0);
         assert!(a.take(1).is_err());
         a.give(7);
