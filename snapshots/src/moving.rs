@@ -100,20 +100,25 @@ impl Unended {
         let Some(record) = owner::read(store, dir)? else {
             return Ok(None);
         };
-        let images = Missing::images(store, dir)?;
-        let missing = images.iter().map(|path| match Missing::bytes(store, path) {
-            // It was complete, and merged away, just now.
-            Err(e) if e.kind() == Kind::NotFound => Ok(0),
-            bytes => bytes,
-        });
         Ok(Some(Unended {
             state: record.state.name(),
             id: record.id.to_string(),
             epoch: record.epoch,
             peer: record.peer,
-            missing: missing.sum::<Result<u64>>()?,
+            missing: missing(store, dir)?,
         }))
     }
+}
+
+/// Bytes that the disk in `dir` lacks.
+fn missing(store: &dyn Store, dir: &Path) -> Result<u64> {
+    let images = Missing::images(store, dir)?;
+    let bytes = images.iter().map(|path| match Missing::bytes(store, path) {
+        // It was complete, and merged away, just now.
+        Err(e) if e.kind() == Kind::NotFound => Ok(0),
+        bytes => bytes,
+    });
+    bytes.sum()
 }
 
 /// The record of the move `id` of container `name`; `None` where there is no such container, or it is of
@@ -196,6 +201,13 @@ pub fn decide(root: &Root, name: &str, decision: Decision) -> Result<Decided> {
     let record = match owner::read(root.store(), &dir) {
         Err(e) if e.kind() == Kind::Corrupt && decision == Decision::Take => {
             let _held = root.lock_moving(&dir)?;
+            let missing = missing(root.store(), &dir)?;
+            if missing > 0 {
+                // Without the record nobody fetches it.
+                return Err(e.while_doing(format_args!(
+                    "take {name}, of which {missing} bytes have not come"
+                )));
+            }
             owner::remove(root.store(), &dir)?;
             return Ok(Decided {
                 name: name.to_owned(),

@@ -14,7 +14,8 @@ use ploop::store::{Access, Store, read_exact};
 use snapshots::delete::{self, Deleted};
 use snapshots::export::export_disk;
 use snapshots::merge::Progress;
-use snapshots::moving::later;
+use snapshots::moving::{self, later};
+use snapshots::owner::Decision;
 use snapshots::place::Place;
 use snapshots::snapshot::Live;
 use snapshots::store::Root;
@@ -288,6 +289,23 @@ fn what_nobody_fetches_any_more_may_be_removed() {
     let root = Root::on(opener, Path::new("/store"), false, false).unwrap();
     remove_container(&root, "ct").unwrap();
     assert!(case.store.list(Path::new("/store/tmp")).unwrap().is_empty());
+}
+
+/// Goal: what nobody fetches any more is not taken for whole, though nobody knows where it was to come
+/// from.
+#[test]
+fn a_damaged_record_does_not_make_it_whole() {
+    let case = case("/store/containers/ct");
+    let opener = Opener::on(Arc::new(case.store.clone()));
+    let root = Root::on(opener, Path::new("/store"), false, false).unwrap();
+    let owner = Path::new("/store/containers/ct/.ploop/owner");
+    let record = case.store.create(owner, 0o600).unwrap();
+    record.write_at(b"no record", 0).unwrap();
+    let take = || moving::decide(&root, "ct", Decision::Take);
+    let e = take().unwrap_err();
+    assert_eq!(e.kind(), Kind::Corrupt);
+    assert!(e.to_string().contains("bytes have not come"), "{e}");
+    assert!(case.store.kind(owner).unwrap().is_some());
 }
 
 /// Goal: what is still to come is no damage, and no repair clears its mark.
