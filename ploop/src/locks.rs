@@ -15,9 +15,9 @@
 //! opens and closes it. Ours against ours, for a whole disk, is [`DiskLock`].
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt as _, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -227,10 +227,13 @@ pub struct Holder {
 }
 
 impl Holder {
-    fn read(mut file: &File) -> Option<Holder> {
-        let mut text = String::new();
-        file.seek(SeekFrom::Start(0)).ok()?;
-        file.take(5000).read_to_string(&mut text).ok()?;
+    /// In one read: between two, the text may go, or become another's.
+    fn read(file: &File) -> Option<Holder> {
+        let mut bytes = [0; 5000];
+        let len = file.read_at(&mut bytes, 0).ok()?;
+        let text = std::str::from_utf8(&bytes[..len]).ok()?;
+        // Whole lines only.
+        let text = &text[..=text.rfind('\n')?];
         let mut lines = text.lines();
         let who = lines.next()?.to_owned();
         let control = lines.find_map(|l| l.strip_prefix("control "));
@@ -367,5 +370,30 @@ mod tests {
         );
         drop(held);
         DiskLock::acquire(dir.path(), None).unwrap();
+    }
+
+    #[test]
+    fn who_holds_a_disk_is_read_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = Path::new("/run/control.sock");
+        drop(DiskLock::acquire(dir.path(), Some(control)).unwrap());
+        let (file, _) = open_lock(&dir.path().join(".ploop"), false).unwrap();
+        let mut seen = 0;
+        std::thread::scope(|s| {
+            let holds = s.spawn(|| {
+                for _ in 0..2000 {
+                    drop(DiskLock::acquire(dir.path(), Some(control)).unwrap());
+                }
+            });
+            while !holds.is_finished() {
+                if let Some(holder) = Holder::read(&file) {
+                    assert!(holder.who.ends_with(')'), "{holder:?}");
+                    assert_eq!(holder.control.as_deref(), Some(control), "{holder:?}");
+                    seen += 1;
+                }
+            }
+        });
+        let _held = DiskLock::acquire(dir.path(), Some(control)).unwrap();
+        assert!(Holder::read(&file).is_some(), "{seen} seen before");
     }
 }

@@ -137,22 +137,63 @@ fn a_merge_that_was_cut_goes_on_when_the_container_is_opened() {
     for kill in [true, false] {
         let rig = Rig::new();
         let data = slow(&rig);
-        let daemon = Daemon::start(&rig);
-        // A disk that nobody holds is merged by the command itself.
-        let client = daemon.open("ct");
-        let merge = slow_merge(&rig);
-        under_way(&daemon);
-        drop(client);
-        match kill {
-            true => daemon.kill(),
-            false => drop(daemon.stop()),
-        }
-        let ended = merge.wait_with_output().unwrap();
-        assert!(!kill || !ended.status.success(), "{ended:?}");
-        // It is as it was, for who only looks.
-        assert_hidden(&rig, 1);
+        cut(&rig, kill);
         goes_on(&rig, &data);
     }
+}
+
+/// Ends the service in the middle of a merge.
+fn cut(rig: &Rig, kill: bool) {
+    let daemon = Daemon::start(rig);
+    // A disk that nobody holds is merged by the command itself.
+    let client = daemon.open("ct");
+    let merge = slow_merge(rig);
+    under_way(&daemon);
+    drop(client);
+    match kill {
+        true => daemon.kill(),
+        false => drop(daemon.stop()),
+    }
+    let ended = merge.wait_with_output().unwrap();
+    assert!(!kill || !ended.status.success(), "{ended:?}");
+    // It is as it was, for who only looks.
+    assert_hidden(rig, 1);
+}
+
+/// Goal: what the service merges of itself is in nobody's way. Method: commands that need the
+/// container for themselves, the moment that it is opened and its merge goes on.
+#[test]
+fn a_merge_that_was_left_gives_way() {
+    let rig = Rig::new();
+    let data = slow(&rig);
+    cut(&rig, true);
+    let daemon = Daemon::start(&rig);
+    let mut client = daemon.open("ct");
+    let checked = rig.ploop().args(["check", "ct"]).output().unwrap();
+    // Clean, or with a merge that was cut.
+    assert!(matches!(checked.status.code(), Some(0 | 1)), "{checked:?}");
+    assert_data(&mut client, &data);
+    wait_for("the merge's end", || {
+        daemon.jobs().iter().any(|j| j.state == JobState::Done)
+    });
+    assert_hidden(&rig, 0);
+    daemon.kill();
+
+    let rig = Rig::new();
+    slow(&rig);
+    cut(&rig, true);
+    let daemon = Daemon::start(&rig);
+    let client = daemon.open("ct");
+    rig.run(["rm", "ct", "--force"]);
+    drop(client);
+    wait_for("the job's end", || {
+        daemon.jobs().iter().all(|j| j.state.is_over())
+    });
+    assert!(daemon.jobs().iter().all(|j| j.state != JobState::Failed));
+    rig.run(["create", "ct", "--template", "t"]);
+    drop(daemon.open("ct"));
+    daemon.stop();
+    assert!(rig.run(["check", "ct"]).contains("clean"));
 }
 
 fn goes_on(rig: &Rig, data: &[u8]) {

@@ -6,7 +6,7 @@
 //!  neither    list, tree, describe                              on what is in the files
 //! ```
 //!
-//! One long job works on a container at a time; the next waits for it.
+//! One long job works on a container at a time; the next waits for it ([`turns`]).
 
 mod backup;
 mod compact;
@@ -15,9 +15,10 @@ mod migrate;
 mod quota;
 mod resize;
 mod tracker;
+mod turns;
 mod work;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,6 +33,7 @@ use snapshots::snapshot::{self, Live, NewSnapshot, Taken};
 use snapshots::switch::SwitchOptions;
 use snapshots::{Root, check, list, remove, rename, share, switch, template, tree};
 
+use self::turns::Turns;
 use crate::control::jobs::{Ended, JobHandle, Jobs};
 use crate::control::metrics::Meter;
 use crate::control::model::{
@@ -70,7 +72,7 @@ pub struct Parts {
 pub fn operations(parts: Parts) -> Arc<dyn Operations> {
     Arc::new(Steward {
         parts,
-        working: Arc::default(),
+        turns: Turns::default(),
         frozen: Mutex::default(),
     })
 }
@@ -94,8 +96,7 @@ pub fn go_on_with_merges(disks: &Disks, jobs: Jobs, operations: &Arc<dyn Operati
 
 struct Steward {
     parts: Parts,
-    /// Containers that a job works on.
-    working: Arc<Mutex<HashSet<String>>>,
+    turns: Turns,
     /// Moves that wait until what is inside is frozen, and whether it is.
     frozen: Mutex<HashMap<String, bool>>,
 }
@@ -485,10 +486,7 @@ impl Operations for Steward {
     }
 
     fn go_on(&self, container: &str, job: &JobHandle) -> Result<Ended> {
-        let Some(_working) = self.turn(container, job) else {
-            return Ok(Ended::Cancelled);
-        };
-        self.run(container, job, None)
+        self.run_left(container, job)
     }
 
     fn disk_space(&self, container: &str) -> Result<DiskSpace> {

@@ -1,20 +1,8 @@
 //! How a container is had: in turn with other jobs, alone behind its door, or live; and how a job
 //! on it is paced.
 
+use super::turns::{Work, Working};
 use super::*;
-
-/// A container that this job works on.
-pub(super) struct Working {
-    container: String,
-    all: Arc<Mutex<HashSet<String>>>,
-}
-
-impl Drop for Working {
-    fn drop(&mut self) {
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        all.remove(&self.container);
-    }
-}
 
 impl Steward {
     pub(super) fn disks(&self) -> &Disks {
@@ -28,17 +16,10 @@ impl Steward {
         })
     }
 
-    pub(super) fn work_on(&self, container: &str) -> Option<Working> {
-        let mut all = self.working.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(container.to_owned()).then(|| Working {
-            container: container.to_owned(),
-            all: self.working.clone(),
-        })
-    }
-
-    /// Keeps jobs from a container. Error: `InUse` while one works on it.
+    /// Keeps jobs from a container; what the service does of itself gives way. Error: `InUse` while
+    /// a job works on it.
     pub(super) fn turn_free(&self, container: &str) -> Result<Working> {
-        self.work_on(container).ok_or_else(|| {
+        self.turns.ask(container, LET_GO).ok_or_else(|| {
             Error::new(Kind::InUse, format!("a job works on {container}"))
                 .fix("Wait for it, or cancel it: `ploop jobs` shows it")
         })
@@ -46,8 +27,12 @@ impl Steward {
 
     /// Waits for the job before; `None` when this one is cancelled meanwhile.
     pub(super) fn turn(&self, container: &str, job: &JobHandle) -> Option<Working> {
+        self.turn_for(container, job, Work::Asked)
+    }
+
+    fn turn_for(&self, container: &str, job: &JobHandle, work: Work) -> Option<Working> {
         while !job.cancelled() {
-            if let Some(working) = self.work_on(container) {
+            if let Some(working) = self.turns.take(container, work) {
                 return Some(working);
             }
             job.sleep(LOOK_AGAIN);
@@ -239,6 +224,28 @@ impl Steward {
         self.run_on(&place, &disk, job, rate)
     }
 
+    /// Runs what waits on a container, and gives way to whoever asks for it meanwhile.
+    pub(super) fn run_left(&self, container: &str, job: &JobHandle) -> Result<Ended> {
+        let mut gave_way = false;
+        while let Some(working) = self.turn_for(container, job, Work::GivesWay) {
+            let place = match self.disks().place(container) {
+                Err(e) if gave_way && e.kind() == Kind::NotFound => break,
+                place => place?,
+            };
+            let disk = self.disks().live(container)?;
+            let watch = Throttle {
+                working: Some(&working),
+                ..Throttle::new(job, None)
+            };
+            let ended = Self::run_watched(&place, &disk, &watch)?;
+            gave_way = !matches!(ended, Ended::Done(_)) && working.is_asked_for();
+            if !gave_way || job.cancelled() {
+                return Ok(ended);
+            }
+        }
+        Ok(Ended::Cancelled)
+    }
+
     pub(super) fn run_on(
         &self,
         place: &Place<'_>,
@@ -246,12 +253,15 @@ impl Steward {
         job: &JobHandle,
         rate: Option<u64>,
     ) -> Result<Ended> {
-        let watch = Throttle::new(job, rate);
+        Self::run_watched(place, disk, &Throttle::new(job, rate))
+    }
+
+    fn run_watched(place: &Place<'_>, disk: &OpenDisk, watch: &Throttle<'_>) -> Result<Ended> {
         let live = Live {
             place,
             disk: disk.disk(),
         };
-        let ran = delete::run(live, &watch)?;
+        let ran = delete::run(live, watch)?;
         let text = format!(
             "{} removed, {} bytes freed{}",
             match ran.removed {
@@ -295,6 +305,8 @@ pub(super) struct Throttle<'a> {
     rate: Option<u64>,
     start: Instant,
     moved: Mutex<u64>,
+    /// Set where the work gives way.
+    working: Option<&'a Working>,
 }
 
 impl<'a> Throttle<'a> {
@@ -305,6 +317,7 @@ impl<'a> Throttle<'a> {
             rate,
             start: Instant::now(),
             moved: Mutex::default(),
+            working: None,
         }
     }
 }
@@ -317,7 +330,7 @@ impl Watch for Throttle<'_> {
             let due = Duration::from_secs_f64(*all as f64 / rate as f64);
             self.job.sleep(due.saturating_sub(self.start.elapsed()));
         }
-        !self.job.cancelled()
+        !self.job.cancelled() && !self.working.is_some_and(Working::is_asked_for)
     }
 
     fn progress(&self, progress: Progress) {
