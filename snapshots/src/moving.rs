@@ -20,7 +20,7 @@ use crate::owner::{Decision, Next, Stand, resolve};
 use crate::place::Place;
 use crate::snapshot::Live;
 use crate::store::Root;
-use crate::{delete, merge, name, quota, remove};
+use crate::{delete, name, remove};
 
 /// Trackers that move with a container, at most.
 const TRACKERS_MAX: usize = 64;
@@ -265,17 +265,6 @@ pub fn clear(root: &Root) -> Result<()> {
             Err(e) => tracing::warn!(container = %name, error = %e, "half of a move stays"),
         }
     }
-    Ok(())
-}
-
-/// Marks a snapshot to be merged away: it goes with the next [`delete::run`], here or wherever the
-/// disk is by then. Durable on return. Its quota does not hold what is written over it meanwhile
-/// against who writes.
-pub fn mark(live: Live<'_>, node: Guid) -> Result<()> {
-    let _arranging = live.disk.arrange();
-    let mut d = live.place.descriptor()?;
-    merge::mark(live.place, &mut d, node)?;
-    quota::recount_limited(live.place, live.disk);
     Ok(())
 }
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ploop::descriptor::{Descriptor, Guid};
+use ploop::descriptor::{Descriptor, Guid, Temporary};
 use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::disk::live::{Barrier, Sealing};
@@ -18,9 +18,10 @@ use ploop::locks::{Use, lock_image};
 use ploop::store::{Access, SECTOR};
 use serde::Serialize;
 
+use crate::merge::unknown;
 use crate::meta::{Group, Meta, SnapshotMeta};
-use crate::name;
 use crate::place::{Place, now};
+use crate::{name, quota};
 
 /// Images in a chain that OpenVZ's tools still open.
 pub const OPENVZ_DEPTH: usize = 127;
@@ -34,6 +35,10 @@ pub struct NewSnapshot {
     pub description: String,
     /// Its GUID; a fresh one when not given.
     pub guid: Option<Guid>,
+    /// It is of no use for long: it is merged away by the next [`crate::delete::run`], here or wherever
+    /// the disk is by then. Its quota does not hold what is written over it meanwhile against who
+    /// writes.
+    pub passing: bool,
 }
 
 /// A snapshot that was made.
@@ -158,6 +163,9 @@ fn take_all(all: &[Live<'_>], new: &NewSnapshot, along: Option<&dyn Along>) -> R
         if let Err(e) = live.disk.settle(live.place.opener()) {
             tracing::warn!(disk = live.place.shown(), error = %e, "settled by the next snapshot");
         }
+        if new.passing {
+            quota::recount_limited(live.place, live.disk);
+        }
         taken.push(p.taken(live.place.shown(), pause));
     }
     if let Some(e) = failed {
@@ -279,8 +287,7 @@ fn prepare(
     let file = Place::new_file_name(&d);
     refuse_name(place, &d, &before, new.name.as_deref())?;
     let limit = before.size_of(&d, d.top);
-    d.push_overlay(guid, file.clone())
-        .map_err(|e| e.on(place.dir()))?;
+    push(place, &mut d, guid, &file, new)?;
     let depth = d.chain(d.top)?.len();
     // 2.
     let mut meta = before.clone();
@@ -330,6 +337,23 @@ fn prepare_files(live: Live<'_>, next: &Descriptor, file: &str) -> Result<Top> {
     live.disk.flush()?;
     let home = place.opener().home(&place.dir().join(file));
     Top::fresh(new, &header, home).charged_to(top.held().account().clone())
+}
+
+/// What was the top becomes node `guid`, and `file` the top.
+fn push(
+    place: &Place<'_>,
+    d: &mut Descriptor,
+    guid: Guid,
+    file: &str,
+    new: &NewSnapshot,
+) -> Result<()> {
+    d.push_overlay(guid, file.to_owned())
+        .map_err(|e| e.on(place.dir()))?;
+    if new.passing {
+        let shot = d.shot_mut(guid);
+        shot.ok_or_else(|| unknown(place, guid))?.temporary = Temporary::Temporary;
+    }
+    Ok(())
 }
 
 /// Enters a snapshot, and the file that is made with it.
@@ -407,8 +431,7 @@ fn over_raw(place: &Place<'_>, new: &NewSnapshot) -> Result<Taken> {
     let file = Place::new_file_name(&d);
     let meta = place.meta()?;
     refuse_name(place, &d, &meta, new.name.as_deref())?;
-    d.push_overlay(guid, file.clone())
-        .map_err(|e| e.on(place.dir()))?;
+    push(place, &mut d, guid, &file, new)?;
     let undo = Undo { file, meta };
     let mut meta = undo.meta.clone();
     enter(&mut meta, guid, new, None, &undo.file);

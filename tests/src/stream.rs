@@ -75,7 +75,7 @@ pub fn snapshot(root: &Root, name: &str, called: &str) {
     let new = NewSnapshot {
         name: Some(called.to_owned()),
         description: format!("what {called} is for"),
-        guid: None,
+        ..NewSnapshot::default()
     };
     take_offline(&Place::container(root, name).unwrap(), &new).unwrap();
 }

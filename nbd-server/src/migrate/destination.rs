@@ -160,22 +160,37 @@ impl Destination {
     }
 
     /// Serves a link to its end. Blocks. What goes wrong is logged, and said to the other side.
-    pub fn attend(self: &Arc<Self>, mut link: Link) {
+    pub fn attend(self: &Arc<Self>, link: Link) {
+        let end = Arc::new(End::default());
+        if let Some(mut wire) = self.let_in(link, &end)
+            && let Err(e) = self.serve(&mut wire, &end)
+        {
+            tracing::warn!(peer = wire.peer(), error = %e, "a move ended early");
+            self.refuse(&mut wire, &e, &end);
+        }
+    }
+
+    /// Tells who comes that `most` links are served already. Blocks.
+    pub(super) fn turn_away(&self, link: Link, most: usize) {
+        let end = Arc::new(End::default());
+        if let Some(mut wire) = self.let_in(link, &end) {
+            let what = format!("{most} moves are under way here already");
+            let e = Error::new(Kind::InUse, what).fix("Try again when one of them has ended");
+            self.refuse(&mut wire, &e, &end);
+        }
+    }
+
+    fn let_in(&self, mut link: Link, end: &Arc<End>) -> Option<Wire> {
         if let Err(e) = link.handshake() {
             tracing::warn!(peer = link.peer(), error = %e, "a move was not let in");
-            return;
+            return None;
         }
         let peer = link.peer().to_owned();
-        let end = Arc::new(End::default());
         let (said, stopping) = (end.clone(), self.stopping.clone());
         let stop: Stop = Arc::new(move || said.is_said(&stopping));
         link.set_stop(stop);
         link.set_patience(Some(SILENCE));
-        let mut wire = Wire::new(Box::new(link), &peer);
-        if let Err(e) = self.serve(&mut wire, &end) {
-            tracing::warn!(peer, error = %e, "a move ended early");
-            self.refuse(&mut wire, &e, &end);
-        }
+        Some(Wire::new(Box::new(link), &peer))
     }
 
     fn refuse(&self, wire: &mut Wire, e: &Error, end: &Arc<End>) {

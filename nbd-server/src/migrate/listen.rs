@@ -289,16 +289,22 @@ fn attend(destination: &Arc<Destination>, links: &Arc<AtomicUsize>, link: Link) 
             self.0.fetch_sub(1, Ordering::AcqRel);
         }
     }
-    if links.fetch_add(1, Ordering::AcqRel) >= LINKS {
-        links.fetch_sub(1, Ordering::AcqRel);
+    let before = links.fetch_add(1, Ordering::AcqRel);
+    let one = One(links.clone());
+    if before >= LINKS {
         tracing::warn!(peer = link.peer(), links = LINKS, "too many moves at once");
+    }
+    // Who is not told why would try again at once.
+    if before >= 2 * LINKS {
         return;
     }
-    let one = One(links.clone());
     let destination = destination.clone();
     let thread = std::thread::Builder::new().name("arrival".into());
     let spawned = thread.spawn(move || {
-        destination.attend(link);
+        match before < LINKS {
+            true => destination.attend(link),
+            false => destination.turn_away(link, LINKS),
+        }
         drop(one);
     });
     if let Err(e) = spawned {

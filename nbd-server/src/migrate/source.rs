@@ -11,7 +11,7 @@
 //! 2. the tree is sent, as `ploop send` does it;
 //! 3. rounds: the tracker is cleared at one instant, and what it had is sent; what is written often
 //!    goes last, and what was written again waits for the next round;
-//! 4. when the rest fits the downtime, the record: `offered`, durable;
+//! 4. when the rest fits the downtime, the bits of its trackers; and the record: `offered`, durable;
 //! 5. requests are held back, the gate is closed; the rest is sent. The destination says `ready`;
 //! 6. COMMIT: the record says `given`, durable. Clients are cut, and the destination is told;
 //! 7. it has taken it: the container is removed here, and the destination told that.
@@ -29,7 +29,8 @@ mod last;
 mod pieces;
 mod terms;
 
-use std::collections::HashMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,12 +51,14 @@ pub use super::clients::Holder;
 pub use terms::{Deadline, Failed, Moved, Options, Progress, Watch};
 
 use course::{Course, Then};
-use pieces::{bits, heat, order, stretches};
+use pieces::{heat, order, stretches};
 
 use super::clients;
 use super::feed::feed;
 use super::link::Link;
-use super::wire::{Answered, Hello, Purpose, Said, StreamOut, Type, VERSION, Welcome, Wire};
+use super::wire::{
+    Answered, Hello, Purpose, RUNS_MAX, Said, StreamOut, Type, VERSION, Welcome, Wire,
+};
 use crate::export::Lives;
 use crate::export::disks::{Disks, Door, OpenDisk};
 use crate::serve::Connections;
@@ -113,6 +116,10 @@ struct Way {
     heat: HashMap<u64, u32>,
     /// All that was written since the move began.
     written: Bitmap,
+    /// The bits of the container's trackers that were sent.
+    bits: BTreeMap<Id, Bitmap>,
+    /// Bytes of them that the destination still takes.
+    room: usize,
     /// Of a move whose data follows: the node that what is written until the hand-over becomes.
     last: Guid,
 }
@@ -139,6 +146,8 @@ impl Source<'_> {
             moved: Moved::default(),
             heat: HashMap::new(),
             written,
+            bits: BTreeMap::new(),
+            room: RUNS_MAX,
             last: Guid::new_v4(),
         };
         drop(begun);
@@ -325,21 +334,19 @@ impl Source<'_> {
         wire.expect(Type::Welcome)?;
         let welcome: Welcome = wire.record()?;
         // 1.
-        let new = NewSnapshot {
-            description: format!("moving to {}", self.peer),
-            ..NewSnapshot::default()
-        };
-        let taken = snapshot::take(self.live(), &new)?;
-        moving::mark(self.live(), Guid::parse(&taken.guid)?)?;
+        self.snapshot(None)?;
         // 2.
         self.tree(wire, way, &welcome)?;
         if self.options.later {
             self.watch.freeze(&mut || sync(wire))?;
-            return self.seal(wire, way).map_err(|e| self.said(wire, e));
+            let sealed = self.seal(wire, way).and_then(|()| self.bits(wire, way));
+            return sealed.map_err(|e| self.said(wire, e));
         }
         // 3.
         let rounds = self.converge(wire, way).and_then(|()| {
             self.watch.freeze(&mut || sync(wire))?;
+            // Most of them: what is left of the gap is for data.
+            self.bits(wire, way)?;
             self.round(wire, way).map(drop)
         });
         rounds.map_err(|e| self.said(wire, e))
@@ -355,22 +362,46 @@ impl Source<'_> {
         self.disk.flush()?;
         way.written
             .add(&*self.disk.disk().barrier().clear_tracker(way.tracker)?);
-        let new = NewSnapshot {
-            description: format!("moving to {}", self.peer),
-            guid: Some(way.last),
-            ..NewSnapshot::default()
-        };
-        snapshot::take(self.live(), &new)?;
-        moving::mark(self.live(), way.last)?;
+        self.snapshot(Some(way.last))?;
         self.tell(wire, way.last)?;
         wire.send(Type::Open, &[])?;
         sync(wire)
     }
 
-    /// Tells where an image has data.
+    /// What the disk shows now becomes a node that is merged away wherever the disk ends up.
+    fn snapshot(&self, guid: Option<Guid>) -> Result<()> {
+        let new = NewSnapshot {
+            description: format!("moving to {}", self.peer),
+            guid,
+            passing: true,
+            ..NewSnapshot::default()
+        };
+        snapshot::take(self.live(), &new).map(drop)
+    }
+
+    /// Sends the bits of the trackers that were not sent yet.
+    fn bits(&self, wire: &mut Wire, way: &mut Way) -> Result<()> {
+        for tracker in self.disk.disk().trackers().iter().filter(|t| !t.passing) {
+            let bits = &tracker.bits;
+            let sent = match way.bits.entry(tracker.id) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(Bitmap::new(bits.size(), bits.granularity())?),
+            };
+            pieces::bits(wire, tracker.id, bits, sent, &mut way.room)?;
+        }
+        Ok(())
+    }
+
+    /// Tells where an image has data. Error: `Unsupported` for more than the destination takes.
     fn tell(&self, wire: &mut Wire, image: Guid) -> Result<()> {
         let mut runs: Vec<u8> = Vec::new();
+        let mut room = RUNS_MAX;
         later::runs(&self.place, image, &mut |offset, len| {
+            room = room.checked_sub(16).ok_or_else(|| {
+                let max = RUNS_MAX / 16;
+                let what = format!("the data of image {image} is in more than {max} pieces");
+                Error::unsupported(what).fix("Move it without --post-copy")
+            })?;
             runs.extend(offset.to_le_bytes());
             runs.extend(len.to_le_bytes());
             if runs.len() >= RUNS {
@@ -424,8 +455,8 @@ impl Source<'_> {
             {
                 self.refuse_cancelled()?;
                 self.tell(wire, image)?;
+                sync(wire)?;
             }
-            sync(wire)?;
         }
         let seconds = way.began.elapsed().as_secs_f64().max(0.001);
         way.moved.data = sent.data;

@@ -24,6 +24,9 @@ use crate::control::failure::kind_of;
 
 /// Bytes of a payload, at most: one MiB of data and where it belongs.
 pub(super) const PAYLOAD_MAX: usize = (1 << 20) + 64;
+/// Bytes of runs that the destination takes: of the bits of all trackers; and of an image whose data
+/// comes later, with those that it was told of since the last `Sync`.
+pub(super) const RUNS_MAX: usize = 256 << 20;
 /// The version of the protocol.
 pub(super) const VERSION: u32 = 1;
 
@@ -506,4 +509,4 @@ impl Read for StreamIn<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

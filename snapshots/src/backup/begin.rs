@@ -97,6 +97,7 @@ pub fn begin(live: Live<'_>, request: &Request) -> Result<Begun> {
         name: Some(pending.snapshot_name()),
         description: format!("For a backup to {}", pending.target.display()),
         guid: Some(ploop::descriptor::Guid::new_v4()),
+        ..NewSnapshot::default()
     };
     let instant = Instant {
         live,

@@ -144,3 +144,21 @@ fn moves_in_each_others_way_end_all_the_same() {
     assert!(content(source.here(), "self") == other);
     assert!(!source.has("ct"));
 }
+
+/// Goal: who comes when a service has enough to do is told so, and comes later.
+#[test]
+fn who_is_too_many_is_told_so() {
+    let (source, destination, bytes) = pair();
+    let to = address(&destination.rig);
+    let others: Vec<_> = (0..32)
+        .map(|_| UnixStream::connect(socket(&destination.rig)).unwrap())
+        .collect();
+    let args = ["migrate", "ct", &to];
+    source.rig.refused(5, args, &["32 moves", "Try again"]);
+    look(&source, &destination);
+    drop(others);
+    wait_for("the others' end", || {
+        source.rig.ploop().args(args).status().unwrap().success()
+    });
+    assert!(content(destination.here(), "ct") == bytes);
+}

@@ -329,7 +329,7 @@ impl Operations for Steward {
         let new = NewSnapshot {
             name: request.name.clone(),
             description: request.description.clone(),
-            guid: None,
+            ..NewSnapshot::default()
         };
         if snapshot::is_over_raw(&place)? {
             let _alone = self.alone(container, None)?;
@@ -367,7 +367,7 @@ impl Operations for Steward {
         let new = NewSnapshot {
             name: request.name.clone(),
             description: request.description.clone(),
-            guid: None,
+            ..NewSnapshot::default()
         };
         let taken = snapshot::take_group(&lives, &new)?;
         Ok(taken.into_iter().map(|t| self.taken(t)).collect())

@@ -10,7 +10,7 @@ use ploop::tracker::{Id, Tracker};
 use snapshots::moving::{Luggage, later};
 use snapshots::place::Place;
 
-use crate::migrate::wire::{Type, Wire};
+use crate::migrate::wire::{RUNS_MAX, Type, Wire};
 
 /// Images whose data comes later, as the source tells of them, up to the last.
 pub(super) fn lay_out(wire: &mut Wire, place: &Place<'_>) -> Result<()> {
@@ -50,9 +50,6 @@ pub(super) fn lay_out(wire: &mut Wire, place: &Place<'_>) -> Result<()> {
 
 /// Bits of one tracker, as they came.
 pub(super) type Runs = Vec<(u64, u64)>;
-
-/// Bytes of all runs, at most.
-pub(super) const RUNS_MAX: usize = 256 << 20;
 
 pub(super) fn take_bits(
     wire: &Wire,

@@ -55,9 +55,7 @@ impl Source<'_> {
         for (start, len) in order(&dirty, &HashMap::new()) {
             self.piece(wire, start, len)?;
         }
-        for tracker in self.disk.disk().trackers().iter().filter(|t| !t.passing) {
-            bits(wire, tracker.id, &tracker.bits)?;
-        }
+        self.bits(wire, way)?;
         way.moved.last = wire.bytes() - before;
         wire.send(Type::Prepare, &[])?;
         wire.flush()?;

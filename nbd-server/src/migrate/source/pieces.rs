@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use ploop::error::Result;
+use ploop::error::{Error, Result};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
 
 use super::PIECE;
-use crate::migrate::wire::{Type, Wire};
+use crate::migrate::wire::{RUNS_MAX, Type, Wire};
 
 /// Bytes of which it is remembered how often they were written.
 pub(super) const REGION: u64 = 64 << 10;
@@ -16,9 +16,21 @@ pub(super) const BLOCK: usize = 4096;
 /// Zeros that are sent as such; fewer cost less as bytes than as a request.
 pub(super) const ZEROS_MIN: usize = 16 << 10;
 
-pub(super) fn bits(wire: &mut Wire, id: Id, bits: &Bitmap) -> Result<()> {
+/// Sends the bits of a tracker that are not in `sent`, and enters them there. Error: `Unsupported` for
+/// more than the destination takes; `room` is what is left of that.
+pub(super) fn bits(
+    wire: &mut Wire,
+    id: Id,
+    bits: &Bitmap,
+    sent: &Bitmap,
+    room: &mut usize,
+) -> Result<()> {
     let mut runs = Vec::new();
-    let mut set = bits.runs(0..bits.size()).filter(|r| r.1).peekable();
+    let set = bits.runs(0..bits.size()).filter(|r| r.1);
+    let mut set = set
+        .flat_map(|(range, _)| sent.runs(range).filter(|r| !r.1))
+        .inspect(|(range, _)| sent.set(range))
+        .peekable();
     // One frame at least: it says that the tracker came.
     loop {
         while runs.len() < 512 << 10
@@ -27,6 +39,13 @@ pub(super) fn bits(wire: &mut Wire, id: Id, bits: &Bitmap) -> Result<()> {
             runs.extend(range.start.to_le_bytes());
             runs.extend((range.end - range.start).to_le_bytes());
         }
+        *room = room.checked_sub(runs.len()).ok_or_else(|| {
+            let what = format!(
+                "the bits of its trackers are in more than {} pieces",
+                RUNS_MAX / 16
+            );
+            Error::unsupported(what).fix("Clear or stop one: `ploop tracker` shows them")
+        })?;
         wire.send(Type::Bits, &[&id.0, &runs])?;
         runs.clear();
         if set.peek().is_none() {

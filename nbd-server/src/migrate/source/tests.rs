@@ -1,6 +1,7 @@
 use super::course::{Course, Then};
 use super::pieces::{BLOCK, REGION, ZEROS_MIN};
 use super::*;
+use crate::migrate::wire::tests::{hears, said};
 
 const SIZE: u64 = 64 << 20;
 
@@ -131,4 +132,44 @@ fn rounds_have_an_end_whatever_is_written() {
         course(true, &|_, brake| brake.min(1 << 30) / 8).0,
         Then::Fits
     );
+}
+
+/// Goal: the destination has every bit, and the gap is for those alone that are new. Method: bits that
+/// are sent while others are set.
+#[test]
+fn bits_are_sent_once() {
+    let (id, sent) = (Id::random(), Bitmap::new(SIZE, GRANULE).unwrap());
+    let (there, mut room) = (Bitmap::new(SIZE, GRANULE).unwrap(), RUNS_MAX);
+    let bits = dirty(&[(0, 3), (5, 1), (100, 1000)]);
+    for (more, come) in [
+        (None, vec![(0, 3), (5, 1), (100, 1000)]),
+        (Some((2, 6)), vec![(3, 2), (6, 2)]),
+        (Some((5000, 10)), vec![(5000, 10)]),
+        (None, vec![]),
+    ] {
+        if let Some((start, len)) = more {
+            bits.set(&(start * GRANULE..(start + len) * GRANULE));
+        }
+        let mut wire = hears(&said(|wire| {
+            pieces::bits(wire, id, &bits, &sent, &mut room).unwrap();
+        }));
+        assert_eq!(wire.read().unwrap(), Type::Bits);
+        assert_eq!(wire.payload()[..16], id.0);
+        let at = (16..wire.payload().len()).step_by(16);
+        let runs = at.map(|at| (wire.number(at).unwrap(), wire.number(at + 8).unwrap()));
+        let runs: Vec<_> = runs.inspect(|(s, l)| there.set(&(*s..s + l))).collect();
+        let come: Vec<_> = come
+            .iter()
+            .map(|(s, l)| (s * GRANULE, l * GRANULE))
+            .collect();
+        assert_eq!(runs, come);
+        assert_eq!(self::runs(&there), self::runs(&bits));
+    }
+    assert_eq!(room, RUNS_MAX - 6 * 16);
+    // A bit more than there is room for.
+    bits.set(&(9000 * GRANULE..9001 * GRANULE));
+    said(|wire| {
+        let e = pieces::bits(wire, id, &bits, &sent, &mut 8).unwrap_err();
+        assert_eq!(e.kind(), Kind::Unsupported);
+    });
 }

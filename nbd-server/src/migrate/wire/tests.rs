@@ -27,7 +27,7 @@ impl Write for Tape {
 }
 
 /// One that hears `input`.
-fn hears(input: &[u8]) -> Wire {
+pub(in crate::migrate) fn hears(input: &[u8]) -> Wire {
     let tape = Tape {
         input: Cursor::new(input.to_vec()),
         output: Arc::default(),
@@ -36,7 +36,7 @@ fn hears(input: &[u8]) -> Wire {
 }
 
 /// What is on the link after `say`.
-fn said(say: impl FnOnce(&mut Wire)) -> Vec<u8> {
+pub(in crate::migrate) fn said(say: impl FnOnce(&mut Wire)) -> Vec<u8> {
     let output = Arc::<Mutex<Vec<u8>>>::default();
     let tape = Tape {
         input: Cursor::default(),

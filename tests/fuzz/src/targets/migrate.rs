@@ -71,6 +71,7 @@ fn base() -> &'static MemoryStore {
             name: Some("s".into()),
             description: String::new(),
             guid: Some(Guid::from_bytes([1; 16])),
+            ..NewSnapshot::default()
         };
         take_offline(&place, &new).unwrap();
         write(40_000, &[2; 100]);

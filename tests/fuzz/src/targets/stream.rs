@@ -59,6 +59,7 @@ fn host(both: bool) -> MemoryStore {
             name: Some(name.into()),
             description: "text".into(),
             guid: Some(Guid::from_bytes([number; 16])),
+            ..NewSnapshot::default()
         };
         take_offline(&place, &new).unwrap();
     };
