@@ -253,9 +253,10 @@ pub fn unsettled(root: &Root) -> Result<Vec<(String, Record)>> {
     Ok(found)
 }
 
-/// Removes what came of moves that were cut before all of it was there. For a service that starts: no
-/// other one has it.
+/// Removes what came of moves that were cut before all of it was there, and what other work left that
+/// was cut. For a service that starts: no other one has it.
 pub fn clear(root: &Root) -> Result<()> {
+    root.collect_tmp()?;
     for (name, record) in unsettled(root)? {
         if record.state != State::Arriving {
             continue;

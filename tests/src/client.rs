@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -209,6 +210,15 @@ pub struct Client {
     pub size: u64,
     /// Its transmission flags.
     pub flags: u16,
+}
+
+impl Drop for Client {
+    /// A process that another test starts has a copy of the socket for an instant: closing ours would not
+    /// hang up.
+    fn drop(&mut self) {
+        // It may be closed already.
+        drop(self.socket.shutdown(Shutdown::Both));
+    }
 }
 
 /// How long a server may take for anything before the test says that it hangs.

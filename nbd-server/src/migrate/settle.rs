@@ -67,6 +67,20 @@ pub fn settle(
     tls: Option<&Tls>,
     stop: Stop,
 ) -> Result<Settled> {
+    settle_by((disks, connections), container, |address| {
+        let mut link = Link::dial(address, address.tls(tls), stop)?;
+        link.set_patience(Some(SILENCE));
+        let peer = link.peer().to_owned();
+        Ok(Wire::new(Box::new(link), &peer))
+    })
+}
+
+/// [`settle`] over what `dial` gives.
+pub(super) fn settle_by(
+    (disks, connections): (&Disks, &Connections),
+    container: &str,
+    dial: impl FnOnce(&Address) -> Result<Wire>,
+) -> Result<Settled> {
     let root = disks.root().ok_or_else(|| {
         Error::unsupported("a single disk is served here, and no container moves from it")
     })?;
@@ -88,10 +102,7 @@ pub fn settle(
             .ok_or_else(|| changed(container))?;
         owner.set(record.state, record.epoch)?;
     }
-    let mut link = Link::dial(&address, address.tls(tls), stop)?;
-    link.set_patience(Some(SILENCE));
-    let peer = link.peer().to_owned();
-    let mut wire = Wire::new(Box::new(link), &peer);
+    let mut wire = dial(&address)?;
     let hello = Hello {
         version: VERSION,
         id: record.id.to_string(),
