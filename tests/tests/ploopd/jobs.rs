@@ -190,10 +190,20 @@ fn a_merge_that_was_left_gives_way() {
         daemon.jobs().iter().all(|j| j.state.is_over())
     });
     assert!(daemon.jobs().iter().all(|j| j.state != JobState::Failed));
+
     rig.run(["create", "ct", "--template", "t"]);
     drop(daemon.open("ct"));
     daemon.stop();
     assert!(rig.run(["check", "ct"]).contains("clean"));
+
+    // Also while nobody has it open but the merge, or not even that yet.
+    let rig = Rig::new();
+    slow(&rig);
+    cut(&rig, true);
+    let daemon = Daemon::start(&rig);
+    drop(daemon.open("ct"));
+    rig.run(["rm", "ct"]);
+    daemon.stop();
 }
 
 fn goes_on(rig: &Rig, data: &[u8]) {

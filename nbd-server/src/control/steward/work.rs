@@ -68,8 +68,9 @@ impl Steward {
                 .on(self.disks().place(container)?.dir())
                 .fix("Stop the service that has it, and run the command again"));
         }
-        let door = self.disks().close_door(container);
+        // What gives way may be about to open it: the door must let it.
         let working = self.turn_free(container)?;
+        let door = self.disks().close_door(container);
         let using = |export: &str| export == container;
         let connected = self.parts.connections.staying(using, LET_GO);
         let peers: Vec<_> = connected.into_iter().map(|c| c.peer).collect();
