@@ -25,9 +25,11 @@
 //!
 //! All numbers are little-endian. Which state may follow which is the mover's business.
 
+pub mod past;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::descriptor::Guid;
@@ -46,6 +48,10 @@ const PEER_AT: usize = 44;
 /// How often, and after how long, a record that seems damaged is read again.
 const LOOK_AGAIN: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(1);
+
+/// Held while a record comes in place of another, or goes because it is of a move that has ended. Between
+/// processes the disk's lock has it.
+static CHANGES: Mutex<()> = Mutex::new(());
 
 /// See the module text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -259,6 +265,7 @@ pub struct Owner {
 impl Owner {
     /// Writes the record of the disk in `dir`, in place of one that is there. Durable on return.
     pub fn write(store: &dyn Store, dir: &Path, record: Record) -> Result<Owner> {
+        let _one = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
         replace(store, dir, SIDE, FILE, &record.encode()?)?;
         let file = store.open(&path(dir), Access::Write)?;
         Ok(Owner { file, record })
@@ -291,6 +298,16 @@ impl Owner {
         self.file.sync()?;
         self.record = next;
         Ok(())
+    }
+}
+
+/// Removes the record of the disk in `dir` if it is of the move `id`; durable on return, and false where
+/// it is not. Error: `Corrupt`.
+pub fn remove_of(store: &dyn Store, dir: &Path, id: Guid) -> Result<bool> {
+    let _one = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
+    match read(store, dir)? {
+        Some(record) if record.id == id => remove(store, dir).map(|()| true),
+        _ => Ok(false),
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use ploop::descriptor::Guid;
 use ploop::error::{Error, Kind, Result};
-use ploop::owner::{self, Owner, Record, State};
+use ploop::owner::{self, Owner, Record, State, past};
 use ploop::store::Store;
 use ploop::store::arriving::Missing;
 use ploop::tracker::Id;
@@ -16,7 +16,7 @@ use ploop::tracker::bitmap::check_granularity;
 use serde::{Deserialize, Serialize};
 
 use crate::meta::TrackerMeta;
-use crate::owner::{Decision, Next, Stand, resolve};
+use crate::owner::{Decision, Next, Stand, confirmed as confirms, resolve};
 use crate::place::Place;
 use crate::snapshot::Live;
 use crate::store::Root;
@@ -161,6 +161,27 @@ pub fn enact(root: &Root, name: &str, id: Guid, next: Next) -> Result<()> {
         }
     }
     remove::remove_moved(root, name)
+}
+
+/// For a container that is about to move on: whoever it came from may not know yet that it was taken, and
+/// is told when it asks. Durable on return.
+pub fn remember(root: &Root, dir: &Path) -> Result<()> {
+    match owner::read(root.store(), dir)? {
+        // The rest of one that is not whole is at its source only: that is not told to let go of it.
+        Some(record) if record.state == State::Taken && missing(root.store(), dir)? == 0 => {
+            past::keep(root.store(), root.dir(), &record)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The source of the move `id`, by which container `name` came, knows that it was taken. Durable on
+/// return.
+pub fn confirmed(root: &Root, name: &str, id: Guid) -> Result<()> {
+    if confirms(stand(record(root, name, id)?.as_ref())) == Next::Own {
+        owner::remove_of(root.store(), &root.existing_container(name)?, id)?;
+    }
+    past::forget(root.store(), root.dir(), id)
 }
 
 /// Refuses a container that came, and of which some is still to come. Error: `InUse`.

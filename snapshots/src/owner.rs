@@ -17,7 +17,7 @@
 //! | came back | says | the destination, and its answer |
 //! |---|---|---|
 //! | `offered` | aborted | `arriving`, `ready`: drops what came. `taken` by decision: keeps it, and the source steps down |
-//! | `given` | given | `ready`: takes it. `taken`: has it |
+//! | `given` | given | `ready`: takes it. `taken`: has it, or had it ([`ploop::owner::past`]) |
 //!
 //! With the other side gone, `given` and `ready` wait: neither may be opened. An operator may decide
 //! ([`resolve`]); what was decided has a higher epoch, so that when both are there again one of
@@ -112,6 +112,15 @@ pub fn destination(stand: Stand, verdict: Verdict) -> (Next, Answer) {
         // It stepped down, or never had all of it.
         (Some((State::Given, _)), Verdict::Aborted(_)) => (Next::Stay, Answer::Dropped),
         (Some(_) | None, _) => (Next::Stay, Answer::Unknown),
+    }
+}
+
+/// The same of one that took the disk in `epoch`, and from where it has moved on since.
+pub fn gone_on(epoch: u64, verdict: Verdict) -> Answer {
+    match verdict {
+        // Somebody decided that the source has it, and nobody here can step down.
+        Verdict::Aborted(theirs) if theirs > epoch => Answer::Unknown,
+        Verdict::Given | Verdict::Aborted(_) => Answer::Taken(epoch),
     }
 }
 

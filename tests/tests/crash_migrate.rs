@@ -4,8 +4,9 @@
 //!
 //! Both stores are recorded, and a clock that ticks with every message marks both: a point of one and a
 //! point of the other are one instant where their ticks meet. Whatever both power cuts left is started as
-//! `ploopd` starts it, and the move is ended as a service ends it. `PLOOP_CRASH_SEEDS=N` draws that many
-//! random states of each point.
+//! `ploopd` starts it, and the move is ended as a service ends it. What is done then is recorded for some
+//! of them, and cut again, at every instant. `PLOOP_CRASH_SEEDS=N` draws that many random states of each
+//! point.
 
 #![allow(clippy::unwrap_used)]
 
@@ -49,6 +50,8 @@ const FLUSHED: u64 = CLUSTER + 8192;
 const LOOSE: u64 = 3 * CLUSTER;
 const AFTER: u64 = 5 * CLUSTER + 512;
 const BLOCK: usize = 4096;
+/// One in so many cuts is followed by a second one.
+const RARE: u64 = 19;
 
 /// Ticks with each message, in both logs.
 struct Clock {
@@ -57,6 +60,13 @@ struct Clock {
 }
 
 impl Clock {
+    fn of(hosts: [RecordingStore; 2]) -> Arc<Clock> {
+        Arc::new(Clock {
+            hosts,
+            now: Mutex::new(0),
+        })
+    }
+
     fn tick(&self) -> u64 {
         let mut now = self.now.lock().unwrap();
         *now += 1;
@@ -211,10 +221,7 @@ fn story(how: How, lost: Option<(usize, u64)>) -> Story {
     if let Some((host, sync)) = lost {
         hosts[host].drop_sync(sync);
     }
-    let clock = Arc::new(Clock {
-        hosts: hosts.clone(),
-        now: Mutex::new(0),
-    });
+    let clock = Clock::of(hosts.clone());
     let [from, to] = hosts.clone().map(|h| Service::start(h.store()));
     let flushed = moves(&from, &to, how, &clock).unwrap();
     let disk = to.disks.live(NEW).unwrap();
@@ -301,13 +308,28 @@ fn shows(store: &MemoryStore, name: &str) -> Result<[Vec<u8>; 4], String> {
 }
 
 /// Ends the move that the record of a source is of.
-fn settle(from: &Service, to: &Service) -> Result<Settled, String> {
+fn settle(from: &Service, to: &Service, clock: &Arc<Clock>) -> Result<Settled, String> {
     let (ours, theirs) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
+        let theirs = Ticking(theirs, clock.clone());
         scope.spawn(|| bytes::attend(&to.to, theirs));
         let of = (from.disks.as_ref(), &from.connections);
-        bytes::settle(of, THERE, ours).map_err(|e| format!("it does not end: {e}"))
+        let settled = bytes::settle(of, THERE, Ticking(ours, clock.clone()));
+        settled.map_err(|e| format!("it does not end: {e}"))
     })
+}
+
+/// Both hosts start again, and end what was cut; the services then, which are to be stopped.
+fn start(hosts: &[Arc<dyn Store>; 2], clock: &Arc<Clock>) -> Result<[Service; 2], String> {
+    let [from, to] = hosts.clone().map(Service::start);
+    let dir = Path::new(DIR).join("containers").join(THERE);
+    let record = owner::read(hosts[0].as_ref(), &dir).unwrap();
+    if record.is_some_and(|r| verdict(r.state, r.epoch).is_some())
+        && settle(&from, &to, clock)? == Settled::InDoubt
+    {
+        return Err("in doubt with both up".into());
+    }
+    Ok([from, to])
 }
 
 impl Story {
@@ -332,25 +354,17 @@ impl Story {
     }
 
     /// Both hosts start again.
-    fn start(&self, tick: u64, [a, b]: [&MemoryStore; 2], again: bool) -> Result<(), String> {
+    fn starts(&self, tick: u64, [a, b]: [&MemoryStore; 2], again: bool) -> Result<(), String> {
         let cut = [(a, THERE), (b, NEW)];
         if cut.iter().all(|(store, name)| owns(store, name)) {
             return Err("two owners".into());
         }
         let [a, b] = [a, b].map(MemoryStore::snapshot);
-        let [from, to] = [&a, &b].map(|s| Service::start(Arc::new(s.clone())));
-        if record(&a, THERE).is_some_and(|r| verdict(r.state, r.epoch).is_some()) {
-            let settled = settle(&from, &to)?;
-            if settled == Settled::InDoubt {
-                return Err("in doubt with both up".into());
-            }
-        }
+        let clock = Clock::of([(); 2].map(|()| RecordingStore::new()));
+        let hosts = [&a, &b].map(|s| Arc::new(s.clone()) as Arc<dyn Store>);
+        let [from, to] = start(&hosts, &clock)?;
         let moves_again = again && owns(&a, THERE);
         if moves_again {
-            let clock = Arc::new(Clock {
-                hosts: [(); 2].map(|()| RecordingStore::new()),
-                now: Mutex::new(0),
-            });
             moves(&from, &to, self.how, &clock).map_err(|e| format!("moved again: {e:?}"))?;
         }
         from.stop();
@@ -379,10 +393,20 @@ impl Story {
     }
 }
 
-/// Cuts the story at every instant; how many states there were, and in how many the source had it.
-fn sweep(story: &Story, seeds: u64) -> Result<(u64, u64), String> {
-    let [a, b] = story.hosts.each_ref().map(|h| points(h, seeds));
-    let (mut states, mut here) = (0, 0);
+/// The states in which the source has it, and all; those of the cuts behind a first one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Swept {
+    here: u64,
+    states: u64,
+    again: u64,
+}
+
+/// Looks at a pair of states, as of a tick.
+type See<'a> = dyn FnMut(u64, [&MemoryStore; 2]) -> Result<(), String> + 'a;
+
+/// Cuts the hosts at every instant, and looks at each pair of states.
+fn cut(hosts: &[RecordingStore; 2], seeds: u64, see: &mut See<'_>) -> Result<(), String> {
+    let [a, b] = hosts.each_ref().map(|h| points(h, seeds));
     for p in &a {
         let from = b.partition_point(|q| q.ticks.end() < p.ticks.start());
         let meets = |q: &&Point| q.ticks.start() <= p.ticks.end();
@@ -390,24 +414,45 @@ fn sweep(story: &Story, seeds: u64) -> Result<(u64, u64), String> {
             let tick = *p.ticks.start().max(q.ticks.start());
             for (left, x) in &p.states {
                 for (right, y) in &q.states {
-                    states += 1;
-                    here += u64::from(owns(x, THERE));
-                    let judged = story.start(tick, [x, y], states % 7 == 0);
-                    judged.map_err(|e| {
-                        let how = story.how;
-                        format!("{how:?}, tick {tick}: {e}\n source: {left}\n destination: {right}")
+                    see(tick, [x, y]).map_err(|e| {
+                        format!("tick {tick}: {e}\n source: {left}\n destination: {right}")
                     })?;
                 }
             }
         }
     }
-    Ok((states, here))
+    Ok(())
+}
+
+/// Cuts the story at every instant; and what is done behind each `rare`th cut, too.
+fn sweep(story: &Story, seeds: u64, rare: u64) -> Result<Swept, String> {
+    let mut swept = Swept::default();
+    cut(&story.hosts, seeds, &mut |tick, cut_once| {
+        swept.states += 1;
+        swept.here += u64::from(owns(cut_once[0], THERE));
+        story.starts(tick, cut_once, swept.states % 7 == 0)?;
+        if swept.states % rare != 0 {
+            return Ok(());
+        }
+        let hosts = cut_once.map(RecordingStore::on);
+        let clock = Clock::of(hosts.clone());
+        let services = start(&hosts.each_ref().map(RecordingStore::store), &clock)?;
+        services.into_iter().for_each(Service::stop);
+        // As of the first cut: nothing was written since.
+        cut(&hosts, 1, &mut |_, cut_twice| {
+            swept.again += 1;
+            story.starts(tick, cut_twice, false)
+        })
+    })
+    .map_err(|e| format!("{:?}: {e}", story.how))?;
+    Ok(swept)
 }
 
 fn check(how: How) {
-    let (states, here) = sweep(&story(how, None), env("PLOOP_CRASH_SEEDS", 20)).unwrap();
-    println!("{how:?}: {states} states, the source had it in {here}");
-    assert!((1..states).contains(&here));
+    let swept = sweep(&story(how, None), env("PLOOP_CRASH_SEEDS", 20), RARE).unwrap();
+    println!("{how:?}: {swept:?}");
+    assert!((1..swept.states).contains(&swept.here));
+    assert!(swept.again > 0);
 }
 
 #[test]
@@ -437,7 +482,7 @@ fn a_sync_that_is_not_done_is_seen() {
     for (host, syncs) in syncs.into_iter().enumerate() {
         // A file that is not whole may be more than the sweep itself can read.
         let sees = |sync: &u64| {
-            let swept = catch_unwind(|| sweep(&story(how, Some((host, *sync))), 1));
+            let swept = catch_unwind(|| sweep(&story(how, Some((host, *sync))), 1, RARE));
             !matches!(swept, Ok(Ok(_)))
         };
         let seen: Vec<_> = (0..syncs).filter(sees).collect();

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use ploop::descriptor::Guid;
 use ploop::device::{Device, ZeroMode};
 use ploop::error::{Error, Kind, Result};
-use ploop::owner::{Owner, Record, State};
+use ploop::owner::{Owner, Record, State, past};
 use ploop::store::arriving::ArrivingStore;
 use ploop::tracker::Id;
 use snapshots::moving::{self, Luggage, enact, later, stand};
@@ -367,10 +367,7 @@ impl Destination {
                 Ok(())
             }
             Ok(()) => {
-                let record = moving::record(root, name, id)?;
-                if rules::confirmed(stand(record.as_ref())) == Next::Own {
-                    ploop::owner::remove(root.store(), &root.existing_container(name)?)?;
-                }
+                moving::confirmed(root, name, id)?;
                 wire.send(Type::Done, &[])?;
                 wire.flush()
             }
@@ -432,6 +429,13 @@ impl Destination {
         wire.say(Type::Welcome, &Welcome::default())?;
         let verdict = hear(wire)?;
         let record = moving::record(root, name, id)?;
+        if record.is_none()
+            && let Some(past) = past::read(root.store(), root.dir(), id)?
+        {
+            let answer = rules::gone_on(past.epoch, verdict);
+            tracing::info!(container = name, id = %id, ?verdict, ?answer, "asked of one that was here");
+            return self.answer(wire, root, name, id, answer);
+        }
         let (next, answer) = rules::destination(stand(record.as_ref()), verdict);
         match next {
             // Asked again and again, of a move that somebody has to decide.

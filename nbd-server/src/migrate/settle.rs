@@ -8,7 +8,7 @@ use ploop::descriptor::Guid;
 use ploop::error::{Error, Kind, Result};
 use ploop::owner::{self, Owner, Record, State};
 use snapshots::Root;
-use snapshots::moving::{self, Luggage, enact, stand};
+use snapshots::moving::{Luggage, enact, stand};
 use snapshots::owner::{self as rules, Answer, Next, Verdict};
 use snapshots::place::Place;
 
@@ -181,9 +181,9 @@ fn changed(container: &str) -> Error {
 
 /// Removes the record of the move, whoever has the disk open.
 fn forget(root: &Root, container: &str, id: Guid) -> Result<()> {
-    match moving::record(root, container, id)? {
-        Some(_) => owner::remove(root.store(), &root.existing_container(container)?),
-        None => Err(changed(container)),
+    match owner::remove_of(root.store(), &root.existing_container(container)?, id)? {
+        true => Ok(()),
+        false => Err(changed(container)),
     }
 }
 

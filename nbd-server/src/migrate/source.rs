@@ -180,8 +180,11 @@ impl Source<'_> {
     /// of it here.
     fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<(Door, Next), Failed> {
         self.before(wire, way).map_err(Failed::Here)?;
-        // 4. The holder first: who finds the record finds what goes with it.
+        // 4. The holder first: who finds the record finds what goes with it. Where it came from, if that
+        // was by a move, is remembered before its record is another.
         let (store, dir) = (self.place.store(), self.place.dir());
+        let remembered = self.root().and_then(|root| moving::remember(root, dir));
+        remembered.map_err(Failed::Here)?;
         let back = match &self.options.holder {
             Some(holder) => {
                 let checked = holder.check(self.place.shown(), &self.options.name);

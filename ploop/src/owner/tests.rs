@@ -33,6 +33,40 @@ fn a_record_is_read_as_it_was_written() {
 }
 
 #[test]
+fn what_was_taken_is_kept_until_the_source_knows() {
+    let (store, dir) = (store(), Path::new(DISK));
+    let taken = record(State::Taken);
+    let id = taken.id;
+    past::forget(&store, dir, id).unwrap();
+    assert_eq!(past::read(&store, dir, id).unwrap(), None);
+    for _ in 0..2 {
+        past::keep(&store, dir, &taken).unwrap();
+        assert_eq!(past::read(&store, dir, id).unwrap(), Some(taken.clone()));
+    }
+    let other = Guid::from_bytes([8; 16]);
+    assert_eq!(past::read(&store, dir, other).unwrap(), None);
+    assert_eq!(
+        read(&store, dir).unwrap(),
+        None,
+        "it says nothing of a disk"
+    );
+    past::forget(&store, dir, id).unwrap();
+    assert_eq!(past::read(&store, dir, id).unwrap(), None);
+}
+
+#[test]
+fn a_record_goes_with_its_own_move_only() {
+    let (store, dir) = (store(), Path::new(DISK));
+    let id = record(State::Taken).id;
+    assert!(!remove_of(&store, dir, id).unwrap());
+    Owner::write(&store, dir, record(State::Taken)).unwrap();
+    assert!(!remove_of(&store, dir, Guid::from_bytes([8; 16])).unwrap());
+    assert_eq!(read(&store, dir).unwrap(), Some(record(State::Taken)));
+    assert!(remove_of(&store, dir, id).unwrap());
+    assert_eq!(read(&store, dir).unwrap(), None);
+}
+
+#[test]
 fn a_peer_of_any_length_that_fits_is_kept() {
     let (store, dir) = (store(), Path::new(DISK));
     let long = Record {

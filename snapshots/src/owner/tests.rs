@@ -34,6 +34,10 @@ struct World {
     doing: Doing,
     destination: Stand,
     destination_has: bool,
+    /// The epoch of what the destination took and gave away before it heard that the source knows.
+    past: Option<u64>,
+    /// Somebody has it whom the destination gave it to.
+    went_on: bool,
     /// Ever sent: each may come at any time.
     sent: BTreeSet<Message>,
     /// Decisions that operators may still make.
@@ -51,6 +55,8 @@ impl World {
             doing: Doing::Nothing,
             destination: Some((State::Arriving, BEGUN)),
             destination_has: false,
+            past: None,
+            went_on: false,
             sent: BTreeSet::new(),
             decisions,
             decided: false,
@@ -63,7 +69,24 @@ impl World {
     }
 
     fn destination_owns(&self) -> bool {
-        self.destination_has && self.destination.is_none_or(|(s, _)| s.owns())
+        self.went_on || self.destination_has && self.destination.is_none_or(|(s, _)| s.owns())
+    }
+
+    /// The destination asked: what it does, and its answer.
+    fn asked(&mut self, verdict: Verdict) -> Answer {
+        if let (None, Some(epoch)) = (self.destination, self.past) {
+            return gone_on(epoch, verdict);
+        }
+        let (next, answer) = destination(self.destination, verdict);
+        self.destination_next(next);
+        answer
+    }
+
+    /// The destination hears that the source knows.
+    fn confirm(&mut self) {
+        let next = confirmed(self.destination);
+        self.destination_next(next);
+        self.past = None;
     }
 
     fn send(&mut self, message: Message) {
@@ -108,8 +131,7 @@ impl World {
                 }
             }
             Message::Says(verdict) => {
-                let (next, answer) = destination(w.destination, verdict);
-                w.destination_next(next);
+                let answer = w.asked(verdict);
                 w.send(Message::Answers(answer));
                 if let Answer::Taken(epoch) = answer {
                     // Or so, as long as its data is still coming.
@@ -128,10 +150,7 @@ impl World {
                     }
                 }
             }
-            Message::Confirmed => {
-                let next = confirmed(w.destination);
-                w.destination_next(next);
-            }
+            Message::Confirmed => w.confirm(),
         }
         w
     }
@@ -160,6 +179,13 @@ impl World {
             let next = lost(w.destination);
             w.destination_next(next);
         });
+        // What it has moves on.
+        if self.destination_has && self.destination_owns() {
+            add(&|w| {
+                w.past = w.destination.map(|(_, epoch)| epoch);
+                (w.destination, w.destination_has, w.went_on) = (None, false, true);
+            });
+        }
         for decision in [Decision::Take, Decision::Give] {
             if self.decisions == 0 {
                 break;
@@ -194,13 +220,11 @@ impl World {
                 break;
             };
             w.doing = Doing::Tells;
-            let (next, answer) = destination(w.destination, v);
-            w.destination_next(next);
+            let answer = w.asked(v);
             let next = source(w.source, answer);
             w.source_next(next);
             if has_left(next) {
-                let next = confirmed(w.destination);
-                w.destination_next(next);
+                w.confirm();
             }
         }
         w
@@ -308,6 +332,8 @@ fn one_decision_is_kept_by_both() {
         let owners = (end.source_owns(), end.destination_owns());
         let dropped = end.source == Some((State::Given, BEGUN)) && end.destination.is_none();
         let forgotten = w.source.is_none() && w.source_has && !w.sent.is_empty();
+        // Taken back at the source while it went on from the destination: nobody there can step down.
+        let forgotten = forgotten || w.went_on && w.source.is_some_and(|(_, e)| e == DECIDED);
         assert!(
             owners.0 != owners.1 || dropped || forgotten || owners == (false, false),
             "{end:?}\nfrom {w:?}"

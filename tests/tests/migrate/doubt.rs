@@ -205,6 +205,31 @@ fn one_that_was_taken_stays() {
     cut.is_right(&cut.destination);
 }
 
+/// Goal: what was taken may move on before the source knows, and nothing stays in doubt for that. Method:
+/// it moves on, the service that it went through is killed, and comes back.
+#[test]
+fn one_that_moved_on_is_let_go_of_where_it_began() {
+    let mut cut = Cut::at(ANSWER, ("given", "taken"));
+    let mut third = Side::new();
+    import(&third.rig);
+    third.start();
+    moved(&cut.destination, &address(&third.rig), |_| ());
+    assert_eq!(
+        (cut.source.state(), cut.destination.state()),
+        ("given", "gone")
+    );
+    cut.destination.kill();
+    cut.destination.start();
+    cut.proxy.open();
+    wait_for("the first to know", || !cut.source.has("ct"));
+    look(&cut.source, &third);
+    assert!(content(third.here(), "ct") == cut.bytes);
+    let side = cut.destination.rig.root().join(".ploop");
+    wait_for("nobody to be told any more", || {
+        fs::read_dir(&side).unwrap().next().is_none()
+    });
+}
+
 /// Method: the destination was ready, and the source did not hear of it: it has it, and goes on.
 #[test]
 fn one_that_was_not_given_goes_on_at_the_source() {

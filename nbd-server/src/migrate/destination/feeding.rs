@@ -114,10 +114,7 @@ impl Destination {
             return Ok(());
         }
         feed.whole()?;
-        let record = moving::record(root, name, id)?;
-        if rules::confirmed(stand(record.as_ref())) == Next::Own {
-            ploop::owner::remove(root.store(), place.dir())?;
-        }
+        moving::confirmed(root, name, id)?;
         feed.done()
     }
 
