@@ -252,6 +252,7 @@ pub fn expect_refusal(command: &mut Command, code: i32, says: &[&str]) -> String
     let all = format!("{command:?}: {}\n{said}{text}", out.status);
     assert_eq!(out.status.code(), Some(code), "{all}");
     assert!(!text.contains("panicked"), "{all}");
+    assert!(!text.contains('\x1b'), "colours where nobody looks: {all}");
     // A host that is nearly full is said in the log before.
     let error = text.lines().find(|line| !line.contains(" WARN "));
     assert!(

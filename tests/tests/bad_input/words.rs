@@ -200,8 +200,9 @@ fn targets_that_are_there() {
     refused(
         &rig,
         4,
-        &["serve", "a", "--socket", "file"],
-        &["file", "not a socket", "Remove it"],
+        // That the host has little room is logged before.
+        &["serve", "a", "--socket", "file", "--space-soft", "100%"],
+        &["file", "not a socket", "Remove it", "little room left"],
     );
 }
 
