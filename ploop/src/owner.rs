@@ -301,12 +301,18 @@ impl Owner {
     }
 }
 
-/// Removes the record of the disk in `dir` if it is of the move `id`; durable on return, and false where
-/// it is not. Error: `Corrupt`.
+/// The move `id` of the disk in `dir` has ended, and the disk is here: its record goes, and the one that was
+/// kept meanwhile ([`past`]) is in its place. Durable on return; false where the record is of another
+/// move. Error: `Corrupt`.
 pub fn remove_of(store: &dyn Store, dir: &Path, id: Guid) -> Result<bool> {
     let _one = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
     match read(store, dir)? {
-        Some(record) if record.id == id => remove(store, dir).map(|()| true),
+        Some(record) if record.id == id => {
+            if !past::put_back(store, dir, id)? {
+                remove(store, dir)?;
+            }
+            Ok(true)
+        }
         _ => Ok(false),
     }
 }

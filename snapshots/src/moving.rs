@@ -16,7 +16,7 @@ use ploop::tracker::bitmap::check_granularity;
 use serde::{Deserialize, Serialize};
 
 use crate::meta::TrackerMeta;
-use crate::owner::{Decision, Next, Stand, confirmed as confirms, resolve};
+use crate::owner::{Decision, KEPT, Next, Stand, confirmed as confirms, resolve};
 use crate::place::Place;
 use crate::snapshot::Live;
 use crate::store::Root;
@@ -137,49 +137,64 @@ pub fn stand(record: Option<&Record>) -> Stand {
     record.map(|r| (r.state, r.epoch))
 }
 
-/// Does `next` to container `name`, which nobody has open and whose record is of the move `id`; durable
-/// on return. Errors: `InUse` while somebody has it open; `NotFound` where the record is another by now.
-pub fn enact(root: &Root, name: &str, id: Guid, next: Next) -> Result<()> {
+/// Does `next` to container `name`, which nobody has open, and whose record is of the move `id` and in the
+/// state `at`; durable on return. Errors: `InUse` while somebody has it open; `NotFound` where the record is
+/// another by now.
+pub fn enact(root: &Root, name: &str, (id, at): (Guid, State), next: Next) -> Result<()> {
     if next == Next::Stay {
         return Ok(());
     }
     let dir = root.existing_container(name)?;
-    {
-        let _held = root.lock_moving(&dir)?;
-        let gone = || {
-            let what = format!("container {name} is not of the move {id} any more");
-            Error::new(Kind::NotFound, what).on(&dir)
-        };
-        let mut owner = Owner::open(root.store(), &dir)?.ok_or_else(gone)?;
-        if owner.record().id != id {
-            return Err(gone());
-        }
-        match next {
-            Next::Become(state, epoch) => return owner.set(state, epoch),
-            Next::Own => return owner::remove(root.store(), &dir),
-            Next::Stay | Next::Remove => {}
-        }
+    let gone = || {
+        let what = format!("container {name} is not {at} by the move {id} any more");
+        Error::new(Kind::NotFound, what).on(&dir)
+    };
+    let is = |record: &Record| record.id == id && record.state == at;
+    if next == Next::Remove {
+        return remove::remove_moved(root, name, || {
+            owner::read(root.store(), &dir)?
+                .filter(is)
+                .ok_or_else(gone)?;
+            past::leave(root.store(), &dir, root.dir())
+        });
     }
-    remove::remove_moved(root, name)
+    let _held = root.lock_moving(&dir)?;
+    let mut owner = Owner::open(root.store(), &dir)?.ok_or_else(gone)?;
+    if !is(owner.record()) {
+        return Err(gone());
+    }
+    match next {
+        Next::Become(state, epoch) => {
+            if (state, epoch) == (State::Given, KEPT) {
+                past::leave(root.store(), &dir, root.dir())?;
+            }
+            owner.set(state, epoch)
+        }
+        Next::Own => owner::remove_of(root.store(), &dir, id).map(drop),
+        Next::Stay | Next::Remove => Ok(()),
+    }
 }
 
-/// For a container that is about to move on: whoever it came from may not know yet that it was taken, and
-/// is told when it asks. Durable on return.
-pub fn remember(root: &Root, dir: &Path) -> Result<()> {
-    match owner::read(root.store(), dir)? {
-        // The rest of one that is not whole is at its source only: that is not told to let go of it.
-        Some(record) if record.state == State::Taken && missing(root.store(), dir)? == 0 => {
-            past::keep(root.store(), root.dir(), &record)
-        }
-        _ => Ok(()),
+/// What is known of the move `id`, by which container `name` came, where its record is another by now or
+/// the container has moved on ([`past`]); and whether it is still here.
+pub fn past(root: &Root, name: &str, id: Guid) -> Result<Option<(Record, bool)>> {
+    if let Ok(dir) = root.existing_container(name)
+        && let Some(record) = past::aside(root.store(), &dir)?.filter(|r| r.id == id)
+    {
+        return Ok(Some((record, true)));
     }
+    let left = past::read(root.store(), root.dir(), id)?;
+    Ok(left.map(|record| (record, false)))
 }
 
 /// The source of the move `id`, by which container `name` came, knows that it was taken. Durable on
 /// return.
 pub fn confirmed(root: &Root, name: &str, id: Guid) -> Result<()> {
-    if confirms(stand(record(root, name, id)?.as_ref())) == Next::Own {
-        owner::remove_of(root.store(), &root.existing_container(name)?, id)?;
+    if let Ok(dir) = root.existing_container(name) {
+        if confirms(stand(record(root, name, id)?.as_ref())) == Next::Own {
+            owner::remove_of(root.store(), &dir, id)?;
+        }
+        past::forget_aside(root.store(), &dir, id)?;
     }
     past::forget(root.store(), root.dir(), id)
 }
@@ -248,7 +263,7 @@ pub fn decide(root: &Root, name: &str, decision: Decision) -> Result<Decided> {
     let Some(record) = record else {
         return Err(Error::invalid(format!("{name} does not move")).on(&dir));
     };
-    enact(root, name, record.id, next)?;
+    enact(root, name, (record.id, record.state), next)?;
     Ok(Decided {
         name: name.to_owned(),
         was: record.state.name(),
@@ -282,7 +297,7 @@ pub fn clear(root: &Root) -> Result<()> {
         if record.state != State::Arriving {
             continue;
         }
-        match enact(root, &name, record.id, Next::Remove) {
+        match enact(root, &name, (record.id, record.state), Next::Remove) {
             Ok(()) => tracing::info!(container = %name, "half of a move that was cut is removed"),
             Err(e) => tracing::warn!(container = %name, error = %e, "half of a move stays"),
         }

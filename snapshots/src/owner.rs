@@ -174,14 +174,16 @@ pub fn resolve(stand: Stand, decision: Decision) -> Result<(Next, &'static str),
     match (at, decision) {
         (None, _) => Err("it does not move: nothing is to be decided"),
         (Some(State::Arriving), _) => Err("not all of it is here: it goes when the move ends"),
+        // The destination is not told: it keeps what it has.
         (Some(State::Given), Decision::Take) if epoch == Some(KEPT) => Ok((
-            Next::Become(State::Offered, DECIDED),
+            Next::Own,
             "what was written at the destination since the hand-over is not here; and that service has \
              it, too: two containers from now on, of which no holder is to be moved to the other",
         )),
         (Some(State::Given), Decision::Take) => Ok((
             Next::Become(State::Offered, DECIDED),
-            "what was written at the destination since the hand-over is not here",
+            "what was written at the destination since the hand-over is not here; and if it has moved on \
+             from there, where it is now has it, too",
         )),
         (Some(State::Given), Decision::Give) => Ok((
             Next::Remove,

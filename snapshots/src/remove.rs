@@ -33,7 +33,7 @@ pub fn remove_containers(root: &Root, names: &[String]) -> Result<()> {
     let _alone = root.lock(true)?;
     let (mut moved, mut failed) = (false, None);
     for name in names {
-        match put_away(root, name, false) {
+        match put_away(root, name) {
             Ok(()) => moved = true,
             Err(e) => failed = failed.or(Some(e)),
         }
@@ -44,10 +44,20 @@ pub fn remove_containers(root: &Root, names: &[String]) -> Result<()> {
     failed.map_or(Ok(()), Err)
 }
 
-/// The same for one whose owner is another service, or nobody yet.
-pub(crate) fn remove_moved(root: &Root, name: &str) -> Result<()> {
+/// The same for one whose owner is another service, or nobody yet, if `checked` still has nothing against
+/// it when nobody else can change it any more.
+pub(crate) fn remove_moved(
+    root: &Root,
+    name: &str,
+    checked: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     let _alone = root.lock(true)?;
-    put_away(root, name, true)?;
+    let dir = root.existing_container(name)?;
+    let _held = root.lock_moving(&dir)?;
+    let _free = lock_images(root, &dir)?;
+    checked()?;
+    // COMMIT
+    root.store().rename_new(&dir, &away(root))?;
     gone(root)
 }
 
@@ -60,15 +70,10 @@ fn gone(root: &Root) -> Result<()> {
 }
 
 /// Steps 1 and 2 for one container; its name is not durably gone on return.
-fn put_away(root: &Root, name: &str, moving: bool) -> Result<()> {
+fn put_away(root: &Root, name: &str) -> Result<()> {
     let dir = root.existing_container(name)?;
-    let _held = match moving {
-        true => root.lock_moving(&dir)?,
-        false => root.lock_disk(&dir)?,
-    };
-    if !moving {
-        refuse_offered(root, name, &dir)?;
-    }
+    let _held = root.lock_disk(&dir)?;
+    refuse_offered(root, name, &dir)?;
     let _free = lock_images(root, &dir)?;
     // COMMIT
     root.store().rename_new(&dir, &away(root))

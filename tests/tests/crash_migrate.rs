@@ -24,6 +24,7 @@ use nbd_server::migrate::settle::Settled;
 use nbd_server::migrate::source::{Deadline, Failed, Options, Progress, Source, Watch};
 use nbd_server::migrate::{Destination, bytes};
 use nbd_server::{Config, Connections, Server};
+use ploop::descriptor::Guid;
 use ploop::device::Device;
 use ploop::disk::open::Opener;
 use ploop::format::ploop::Version;
@@ -35,8 +36,9 @@ use ploop_tests::crash::{Rng, env};
 use ploop_tests::stream::{DIR, container, host, on, snapshot, write};
 use snapshots::Root;
 use snapshots::moving;
-use snapshots::owner::verdict;
+use snapshots::owner::{Next, verdict};
 use snapshots::place::Place;
+use snapshots::snapshot::{Live, NewSnapshot};
 
 /// The container, and what it is called at the destination.
 const THERE: &str = "there";
@@ -130,8 +132,11 @@ impl Service {
 
 /// What is done while it moves.
 struct During<'a> {
+    root: &'a Root,
     disk: Weak<OpenDisk>,
     clock: &'a Clock,
+    /// Somebody makes a snapshot who did not know of the move.
+    snapshot: bool,
     flushed: Mutex<u64>,
 }
 
@@ -148,6 +153,14 @@ impl Watch for During<'_> {
         let disk = self.disk.upgrade().unwrap();
         disk.write(FLUSHED, &[2; BLOCK])?;
         disk.flush()?;
+        if self.snapshot {
+            let place = Place::container(self.root, THERE)?;
+            let live = Live {
+                place: &place,
+                disk: disk.disk(),
+            };
+            snapshots::snapshot::take(live, &NewSnapshot::default())?;
+        }
         *self.flushed.lock().unwrap() = self.clock.tick();
         disk.write(LOOSE, &[3; BLOCK])
     }
@@ -163,6 +176,16 @@ struct How {
 
 /// Over a link to its end.
 fn moves(from: &Service, to: &Service, how: How, clock: &Arc<Clock>) -> Result<u64, Failed> {
+    moves_with(from, to, how, clock, false)
+}
+
+fn moves_with(
+    from: &Service,
+    to: &Service,
+    how: How,
+    clock: &Arc<Clock>,
+    snapshot: bool,
+) -> Result<u64, Failed> {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let options = Options {
         name: NEW.into(),
@@ -174,8 +197,10 @@ fn moves(from: &Service, to: &Service, how: How, clock: &Arc<Clock>) -> Result<u
     };
     let disk = from.disks.live(THERE).unwrap();
     let during = During {
+        root: from.disks.root().unwrap(),
         disk: Arc::downgrade(&disk),
         clock,
+        snapshot,
         flushed: Mutex::new(u64::MAX),
     };
     // It is not kept open for clients.
@@ -468,6 +493,53 @@ fn a_move_whose_data_follows_is_cut_on_both_sides() {
         later: true,
         keep: false,
     });
+}
+
+/// Goal: what a snapshot holds that nobody sends is not lost. Method: one is made by somebody who looked
+/// before the move began.
+#[test]
+fn a_snapshot_that_comes_between_ends_the_move() {
+    for later in [false, true] {
+        let (source, root) = host();
+        container(&root, THERE, Version::V2, 64, SIZE);
+        drop(root);
+        let clock = Clock::of([(); 2].map(|()| RecordingStore::new()));
+        let there = host().0;
+        let [from, to] = [&source, &there].map(|s| Service::start(Arc::new(s.clone())));
+        let how = How { later, keep: false };
+        let moved = moves_with(&from, &to, how, &clock, true);
+        let Err(Failed::Here(e)) = moved else {
+            panic!("{moved:?}");
+        };
+        assert!(e.to_string().contains("a snapshot was made"), "{e}");
+        from.stop();
+        to.stop();
+        assert!(owns(&source, THERE) && !is_there(&there, NEW));
+        let [_, flushed, loose, _] = shows(&source, THERE).unwrap();
+        assert_eq!((flushed[0], loose[0]), (2, 3));
+    }
+}
+
+/// Goal: who removes what is left of a move that was cut looks again when nobody can change it any more.
+#[test]
+fn what_was_taken_meanwhile_is_not_removed() {
+    let (store, root) = host();
+    container(&root, THERE, Version::V2, 64, SIZE);
+    let record = Record {
+        state: State::Taken,
+        id: Guid::new_v4(),
+        epoch: snapshots::owner::TAKEN,
+        peer: "unix:/other".into(),
+    };
+    let id = record.id;
+    owner::Owner::write(root.store(), &root.container(THERE), record).unwrap();
+    for at in [State::Arriving, State::Ready] {
+        let removed = moving::enact(&root, THERE, (id, at), Next::Remove);
+        assert_eq!(removed.unwrap_err().kind(), ploop::Kind::NotFound);
+    }
+    let other = (Guid::new_v4(), State::Taken);
+    moving::enact(&root, THERE, other, Next::Own).unwrap_err();
+    assert!(is_there(&store, THERE) && owns(&store, THERE));
 }
 
 /// Goal: the sweep sees what is not durable. Method: the story on hosts of which one does not do one of

@@ -35,7 +35,7 @@ pub(crate) struct Migrate {
     /// How long its clients may wait at the hand-over.
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "20ms")]
     pub downtime: Duration,
-    /// Bytes per second, at most, before the hand-over.
+    /// Bytes per second, at most, before the hand-over; 64K at least.
     #[arg(long, value_parser = parse_size)]
     pub rate: Option<u64>,
     /// The control socket of the holder (ploop hold) that has its clients: it goes to the

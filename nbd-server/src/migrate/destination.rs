@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use ploop::descriptor::Guid;
 use ploop::device::{Device, ZeroMode};
 use ploop::error::{Error, Kind, Result};
-use ploop::owner::{Owner, Record, State, past};
+use ploop::owner::{Owner, Record, State};
 use ploop::store::arriving::ArrivingStore;
 use ploop::tracker::Id;
 use snapshots::moving::{self, Luggage, enact, later, stand};
@@ -129,7 +129,8 @@ impl Destination {
         // What cannot be listed is looked at again.
         for (name, record) in moving::unsettled(root).unwrap_or_default() {
             let left = record.state == State::Arriving && !self.moves().contains_key(&record.id);
-            if left && let Err(e) = enact(root, &name, record.id, Next::Remove) {
+            let at = (record.id, record.state);
+            if left && let Err(e) = enact(root, &name, at, Next::Remove) {
                 tracing::debug!(container = name, error = %e, "half of a move stays");
             }
         }
@@ -428,13 +429,21 @@ impl Destination {
     ) -> Result<()> {
         wire.say(Type::Welcome, &Welcome::default())?;
         let verdict = hear(wire)?;
-        let record = moving::record(root, name, id)?;
-        if record.is_none()
-            && let Some(past) = past::read(root.store(), root.dir(), id)?
-        {
-            let answer = rules::gone_on(past.epoch, verdict);
-            tracing::info!(container = name, id = %id, ?verdict, ?answer, "asked of one that was here");
-            return self.answer(wire, root, name, id, answer);
+        let mut record = moving::record(root, name, id)?;
+        if record.is_none() {
+            let past = moving::past(root, name, id)?;
+            // The move that it went on by may have ended between the two.
+            record = moving::record(root, name, id)?;
+            if let Some((past, here)) = past.filter(|_| record.is_none()) {
+                let answer = rules::gone_on(past.epoch, verdict);
+                tracing::info!(container = name, id = %id, ?verdict, ?answer, "asked of one that moved on");
+                if here && answer == Answer::Unknown {
+                    let what =
+                        format!("{name} is moving on from here: whether it stays is not known yet");
+                    return Err(Error::new(Kind::InUse, what).fix("Ask again"));
+                }
+                return self.answer(wire, root, name, id, answer);
+            }
         }
         let (next, answer) = rules::destination(stand(record.as_ref()), verdict);
         match next {
@@ -448,7 +457,9 @@ impl Destination {
             Next::Become(State::Given, _) => Some(step_down(&self.disks, &self.connections, name)?),
             _ => None,
         };
-        enact(root, name, id, next)?;
+        if let Some(record) = record {
+            enact(root, name, (id, record.state), next)?;
+        }
         match answer {
             Answer::Taken(epoch) => self.has_it(wire, root, name, id, epoch, end),
             _ => self.answer(wire, root, name, id, answer),

@@ -26,6 +26,9 @@ use super::wire::{PAYLOAD_MAX, Refusal, Type, Wire};
 
 /// How long a reader waits for a source that is gone.
 const STALL: Duration = Duration::from_secs(30);
+/// How long it may take over an answer, and a destination that still lacks something over its next request.
+const SILENCE: Duration = Duration::from_secs(20);
+const IDLE: Duration = Duration::from_secs(60);
 /// Bytes that the background asks for at a time: a reader waits for no more than that.
 const FILL: u64 = 256 << 10;
 /// Between two tries of what failed.
@@ -95,7 +98,8 @@ impl Feed {
 
     /// Another link to the source; `end` breaks it. Whoever waits for an answer on the one before asks
     /// again on this.
-    pub(super) fn give(&self, wire: Wire, end: Arc<End>) {
+    pub(super) fn give(&self, mut wire: Wire, end: Arc<End>) {
+        wire.be_patient(SILENCE);
         end.feeds.store(true, Ordering::Release);
         self.break_link(Some(end));
         *self.lock() = Some(wire);
@@ -283,6 +287,7 @@ pub(super) fn fill(
 /// The source's side: answers until the destination has all. What cannot be read is refused by itself.
 /// Error: the link's.
 pub(super) fn feed(wire: &mut Wire, place: Place<'_>) -> Result<()> {
+    wire.be_patient(IDLE);
     let mut feeder = Feeder::new(place);
     loop {
         match wire.read()? {

@@ -139,7 +139,7 @@ pub(super) fn settle_by(
         (_, Next::Stay) => Ok(Settled::InDoubt),
         (State::Offered, next @ Next::Become(..)) => {
             let _door = step_down(disks, connections, container)?;
-            enact(root, container, record.id, next)?;
+            enact(root, container, (record.id, record.state), next)?;
             Ok(Settled::InDoubt)
         }
         (_, next) => left(root, container, &record, next, &mut wire),
@@ -154,7 +154,7 @@ fn left(
     next: Next,
     wire: &mut Wire,
 ) -> Result<Settled> {
-    enact(root, container, record.id, next)?;
+    enact(root, container, (record.id, record.state), next)?;
     let known = wire.send(Type::Confirmed, &[]).and_then(|()| wire.flush());
     if let Err(e) = known.and_then(|()| wire.expect(Type::Done)) {
         tracing::warn!(container, error = %e, "the destination was not told that we know");

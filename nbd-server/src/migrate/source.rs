@@ -30,15 +30,16 @@ mod pieces;
 mod terms;
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ploop::descriptor::Guid;
 use ploop::device::Device;
 use ploop::disk::live::Barrier;
+use ploop::disk::open::DESCRIPTOR;
 use ploop::error::{Error, Kind, Result};
-use ploop::owner::{Owner, Record, State};
+use ploop::owner::{Owner, Record, State, past};
 use ploop::tracker::Id;
 use ploop::tracker::bitmap::Bitmap;
 use snapshots::moving::{self, Luggage, later};
@@ -120,6 +121,8 @@ struct Way {
     bits: BTreeMap<Id, Bitmap>,
     /// Bytes of them that the destination still takes.
     room: usize,
+    /// The nodes that the tree had when it was sent.
+    nodes: BTreeSet<Guid>,
     /// Of a move whose data follows: the node that what is written until the hand-over becomes.
     last: Guid,
 }
@@ -148,6 +151,7 @@ impl Source<'_> {
             written,
             bits: BTreeMap::new(),
             room: RUNS_MAX,
+            nodes: BTreeSet::new(),
             last: Guid::new_v4(),
         };
         drop(begun);
@@ -181,10 +185,12 @@ impl Source<'_> {
     fn go(&self, wire: &mut Wire, way: &mut Way) -> Result<(Door, Next), Failed> {
         self.before(wire, way).map_err(Failed::Here)?;
         // 4. The holder first: who finds the record finds what goes with it. Where it came from, if that
-        // was by a move, is remembered before its record is another.
+        // was by a move, is remembered before its record is another. From here on the tree stays as it is.
         let (store, dir) = (self.place.store(), self.place.dir());
-        let remembered = self.root().and_then(|root| moving::remember(root, dir));
-        remembered.map_err(Failed::Here)?;
+        let arranging = self.disk.disk().arrange();
+        self.refuse_others(way)
+            .and_then(|()| past::set_aside(store, dir))
+            .map_err(Failed::Here)?;
         let back = match &self.options.holder {
             Some(holder) => {
                 let checked = holder.check(self.place.shown(), &self.options.name);
@@ -212,7 +218,7 @@ impl Source<'_> {
             Err(Failed::Here(e)) => {
                 drop(door);
                 self.deadline.set(Some(TAKE_BACK));
-                self.take_back(wire);
+                self.take_back(wire, way.id);
                 return Err(Failed::Here(e));
             }
             Err(failed) => {
@@ -220,6 +226,7 @@ impl Source<'_> {
                 return Err(failed);
             }
         }
+        drop(arranging);
         let answered = wire
             .say(Type::Says, &Said::from(Verdict::Given))
             .and_then(|()| answer(wire));
@@ -252,7 +259,7 @@ impl Source<'_> {
         // Whoever else looked at it lets go.
         disks.wait_closed(door, LET_GO);
         if let Some(root) = root
-            && let Err(e) = moving::enact(root, &name, id, next)
+            && let Err(e) = moving::enact(root, &name, (id, State::Given), next)
         {
             tracing::error!(container = name, error = %e, "it has moved, and its files stay here");
             return;
@@ -297,7 +304,7 @@ impl Source<'_> {
     }
 
     /// The destination drops what it has; the record goes when it says so, or later.
-    fn take_back(&self, wire: &mut Wire) {
+    fn take_back(&self, wire: &mut Wire, id: Guid) {
         let verdict = Said::from(Verdict::Aborted(BEGUN));
         let told = wire
             .say(Type::Says, &verdict)
@@ -305,7 +312,7 @@ impl Source<'_> {
             .and_then(|answer| {
                 match snapshots::owner::source(Some((State::Offered, BEGUN)), answer) {
                     Next::Own => {
-                        ploop::owner::remove(self.place.store(), self.place.dir())?;
+                        ploop::owner::remove_of(self.place.store(), self.place.dir(), id)?;
                         clients::forget(self.place.store(), self.place.dir());
                         Ok(())
                     }
@@ -338,6 +345,7 @@ impl Source<'_> {
         let welcome: Welcome = wire.record()?;
         // 1.
         self.snapshot(None)?;
+        way.nodes = self.nodes()?;
         // 2.
         self.tree(wire, way, &welcome)?;
         if self.options.later {
@@ -366,9 +374,32 @@ impl Source<'_> {
         way.written
             .add(&*self.disk.disk().barrier().clear_tracker(way.tracker)?);
         self.snapshot(Some(way.last))?;
+        way.nodes.insert(way.last);
+        // What was written before this one is in those that the destination was told of.
+        self.refuse_others(way)?;
         self.tell(wire, way.last)?;
         wire.send(Type::Open, &[])?;
         sync(wire)
+    }
+
+    /// The nodes that the disk has now.
+    fn nodes(&self) -> Result<BTreeSet<Guid>> {
+        let path = self.place.dir().join(DESCRIPTOR);
+        let descriptor = self.place.opener().read_descriptor(&path)?;
+        Ok(descriptor.images.iter().map(|i| i.guid).collect())
+    }
+
+    /// Who looked before the move began whether one goes on may still have made a snapshot since. Error:
+    /// `InUse`.
+    fn refuse_others(&self, way: &Way) -> Result<()> {
+        if self.nodes()? == way.nodes {
+            return Ok(());
+        }
+        let what = format!(
+            "the tree of {} changed while it moved: a snapshot was made, as it seems",
+            self.place.shown()
+        );
+        Err(Error::new(Kind::InUse, what).fix("It goes on here. Move it again"))
     }
 
     /// What the disk shows now becomes a node that is merged away wherever the disk ends up.

@@ -12,6 +12,7 @@
 //! right, and its payload is read as it comes, not as its length says.
 
 use std::io::{Read, Write};
+use std::time::Duration;
 
 use ploop::error::{Error, Kind, Result};
 use serde::de::DeserializeOwned;
@@ -20,6 +21,7 @@ use snapshots::moving::Luggage;
 use snapshots::owner::{Answer, Verdict};
 use snapshots::stream::Have;
 
+use super::link::Link;
 use crate::control::failure::kind_of;
 
 /// Bytes of a payload, at most: one MiB of data and where it belongs.
@@ -37,9 +39,16 @@ const GATHER: usize = 256 << 10;
 const STEP: usize = 64 << 10;
 
 /// A link.
-pub(super) trait Duplex: Read + Write + Send {}
+pub(super) trait Duplex: Read + Write + Send {
+    /// How long the other side may be silent from now on.
+    fn be_patient(&mut self, silence: Duration);
+}
 
-impl<T: Read + Write + Send> Duplex for T {}
+impl Duplex for Link {
+    fn be_patient(&mut self, silence: Duration) {
+        self.set_patience(Some(silence));
+    }
+}
 
 /// A link that is another's now.
 struct Dead;
@@ -58,6 +67,10 @@ impl Write for Dead {
     fn flush(&mut self) -> std::io::Result<()> {
         Err(std::io::ErrorKind::NotConnected.into())
     }
+}
+
+impl Duplex for Dead {
+    fn be_patient(&mut self, _: Duration) {}
 }
 
 /// What a frame is.
@@ -284,6 +297,11 @@ impl Wire {
     pub(super) fn take(&mut self) -> Wire {
         let dead = Wire::new(Box::new(Dead), &self.peer);
         std::mem::replace(self, dead)
+    }
+
+    /// How long the other side may be silent from now on.
+    pub(super) fn be_patient(&mut self, silence: Duration) {
+        self.link.be_patient(silence);
     }
 
     /// Who is at the other end.

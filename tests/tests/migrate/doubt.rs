@@ -230,6 +230,31 @@ fn one_that_moved_on_is_let_go_of_where_it_began() {
     });
 }
 
+/// Goal: who was decided against steps down also where it tried to move on meanwhile, and failed.
+#[test]
+fn one_that_could_not_move_on_steps_down() {
+    let cut = Cut::at(ANSWER, ("given", "taken"));
+    let mut third = Side::new();
+    import(&third.rig);
+    third.start();
+    let on = Proxy::new(&socket(&third.rig));
+    on.stop_at(READY, Flow::Cut);
+    let id = begin(cut.destination.here(), &on.address(), |_| ());
+    cut.destination.here().api().wait(id, |_| ()).unwrap_err();
+    assert_eq!(
+        (cut.destination.state(), third.state()),
+        ("offered", "ready")
+    );
+    decide(&cut.source, "take");
+    cut.proxy.open();
+    on.open();
+    wait_for("the decision to be known", || {
+        cut.destination.state() == "given" && cut.source.state() == "none"
+    });
+    assert!(!third.has("ct"));
+    cut.is_right(&cut.source);
+}
+
 /// Method: the destination was ready, and the source did not hear of it: it has it, and goes on.
 #[test]
 fn one_that_was_not_given_goes_on_at_the_source() {

@@ -15,7 +15,7 @@ pub struct Migrate {
     /// How long clients may wait at the hand-over, in milliseconds.
     #[serde(default)]
     pub downtime_ms: Option<u64>,
-    /// Bytes per second at most, before the hand-over.
+    /// Bytes per second at most, before the hand-over; 65536 at least.
     #[serde(default)]
     pub rate: Option<u64>,
     /// The holder of its clients.

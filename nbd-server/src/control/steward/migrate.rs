@@ -14,6 +14,8 @@ const DOWNTIME: Duration = Duration::from_millis(20);
 /// How long the destination may be silent: it makes durable what it has, which may be all that its
 /// memory holds. In the hand-over there is another end to it.
 const SILENCE: Duration = Duration::from_secs(600);
+/// Bytes per second. With fewer the destination would take the source for gone between two frames.
+const RATE_MIN: u64 = 64 << 10;
 /// How long it is waited until what is inside is frozen, where nobody says.
 const FREEZE: Duration = Duration::from_secs(60);
 /// Between two signs of life meanwhile.
@@ -39,6 +41,10 @@ impl Steward {
                 peer.len(),
                 ploop::owner::PEER_MAX
             );
+            return Err(Error::invalid(what));
+        }
+        if let Some(rate) = request.rate.filter(|r| (1..RATE_MIN).contains(r)) {
+            let what = format!("{rate} bytes a second; a move takes {RATE_MIN} at least");
             return Err(Error::invalid(what));
         }
         self.disks().refuse_read_only(container)?;

@@ -336,6 +336,8 @@ impl Operations for Steward {
             return snapshot::take_offline(&place, &new).map(|t| self.taken(t));
         }
         let disk = self.disks().live(container)?;
+        // It may have been waited for.
+        self.disks().leaving().refuse(container)?;
         let live = Live {
             place: &place,
             disk: disk.disk(),
@@ -355,6 +357,10 @@ impl Operations for Steward {
         for (container, _) in &sorted {
             self.disks().leaving().refuse(container)?;
             disks.push(self.disks().live(container)?);
+        }
+        // They may have been waited for.
+        for (container, _) in &sorted {
+            self.disks().leaving().refuse(container)?;
         }
         let lives: Vec<_> = sorted
             .iter()

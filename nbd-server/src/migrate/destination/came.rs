@@ -15,14 +15,16 @@ use crate::migrate::wire::{RUNS_MAX, Type, Wire};
 /// Images whose data comes later, as the source tells of them, up to the last.
 pub(super) fn lay_out(wire: &mut Wire, place: &Place<'_>) -> Result<()> {
     let mut told: BTreeMap<Guid, Runs> = BTreeMap::new();
+    let mut taken = 0;
     loop {
         let kind = wire.read()?;
         match kind {
             Type::Later => {
                 let wrong = || wire.wrong("an image that is none");
                 let (image, runs) = wire.payload().split_first_chunk::<16>().ok_or_else(wrong)?;
-                let taken: usize = told.values().map(|r| r.len() * 16).sum();
-                if taken + runs.len() > RUNS_MAX || !runs.len().is_multiple_of(16) {
+                // What an image costs that has none is counted, too.
+                taken += runs.len() + 64;
+                if taken > RUNS_MAX + RUNS_MAX / 1024 || !runs.len().is_multiple_of(16) {
                     return Err(wrong());
                 }
                 let all = told.entry(Guid::from_bytes(*image)).or_default();
@@ -34,6 +36,7 @@ pub(super) fn lay_out(wire: &mut Wire, place: &Place<'_>) -> Result<()> {
                 for (image, runs) in std::mem::take(&mut told) {
                     later::lay_out(place, image, &runs)?;
                 }
+                taken = 0;
                 if kind == Type::Open {
                     return Ok(());
                 }

@@ -29,8 +29,11 @@ impl Coming<'_> {
         // It is closed first: then its lock is free.
         self.arriving = None;
         match moving::record(self.root, self.name, self.id)? {
-            Some(_) => enact(self.root, self.name, self.id, Next::Remove),
-            None => Ok(()),
+            // It was not taken: nobody did that for this link.
+            Some(r) if !r.state.owns() => {
+                enact(self.root, self.name, (r.id, r.state), Next::Remove)
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -104,6 +104,8 @@ impl Read for Line {
         if buf.is_empty() {
             return Ok(0);
         }
+        // Also where there is always something to read.
+        turn(&self.stop, self.until)?;
         self.patiently(PollFlags::IN, |socket| {
             recv(socket, &mut *buf, RecvFlags::DONTWAIT).map(|(n, _)| n)
         })

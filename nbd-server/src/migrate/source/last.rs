@@ -53,6 +53,10 @@ impl Source<'_> {
         let dirty = barrier.clear_tracker(way.tracker)?;
         way.written.add(&dirty);
         for (start, len) in order(&dirty, &HashMap::new()) {
+            if self.deadline.is_over(false) {
+                let what = "the rest of it takes too long, and clients wait";
+                return Err(Error::new(Kind::Io, what).fix("Give it a longer --downtime"));
+            }
             self.piece(wire, start, len)?;
         }
         self.bits(wire, way)?;

@@ -26,6 +26,10 @@ impl Write for Tape {
     }
 }
 
+impl Duplex for Tape {
+    fn be_patient(&mut self, _: Duration) {}
+}
+
 /// One that hears `input`.
 pub(in crate::migrate) fn hears(input: &[u8]) -> Wire {
     let tape = Tape {
