@@ -71,6 +71,22 @@ fn stop_ends_an_accept() {
     assert!(listener.accept(&at_the(3)).unwrap().is_none());
 }
 
+/// Goal: a service that stops does not go on for as long as the other side has something to say.
+#[test]
+fn stop_ends_a_read_that_need_not_wait() {
+    let tls = trusted();
+    for tls in [None, Some(&tls)] {
+        let (mut ours, mut theirs) = pair(tls);
+        theirs.write_all(b"xx").unwrap();
+        assert_eq!(ours.read(&mut [0]).unwrap(), 1);
+        theirs.write_all(b"more").unwrap();
+        ours.set_stop(Arc::new(|| true));
+        let mut rest = Vec::new();
+        let e = ours.read_to_end(&mut rest).unwrap_err();
+        assert!(e.to_string().contains("stopped") && rest.len() < 2, "{e}");
+    }
+}
+
 #[test]
 fn patience_ends_a_read_and_a_write() {
     let tls = trusted();
