@@ -16,7 +16,7 @@ use ploop::tracker::bitmap::check_granularity;
 use serde::{Deserialize, Serialize};
 
 use crate::meta::TrackerMeta;
-use crate::owner::{Decision, KEPT, Next, Stand, confirmed as confirms, resolve};
+use crate::owner::{Decision, KEPT, Next, Stand, resolve};
 use crate::place::Place;
 use crate::snapshot::Live;
 use crate::store::Root;
@@ -191,10 +191,7 @@ pub fn past(root: &Root, name: &str, id: Guid) -> Result<Option<(Record, bool)>>
 /// return.
 pub fn confirmed(root: &Root, name: &str, id: Guid) -> Result<()> {
     if let Ok(dir) = root.existing_container(name) {
-        if confirms(stand(record(root, name, id)?.as_ref())) == Next::Own {
-            owner::remove_of(root.store(), &dir, id)?;
-        }
-        past::forget_aside(root.store(), &dir, id)?;
+        past::confirm(root.store(), &dir, id)?;
     }
     past::forget(root.store(), root.dir(), id)
 }
@@ -245,6 +242,8 @@ pub fn decide(root: &Root, name: &str, decision: Decision) -> Result<Decided> {
                 )));
             }
             owner::remove(root.store(), &dir)?;
+            // Without a record it takes what was kept of another away.
+            past::set_aside(root.store(), &dir)?;
             return Ok(Decided {
                 name: name.to_owned(),
                 was: "damaged",

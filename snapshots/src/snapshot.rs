@@ -3,7 +3,7 @@
 //! The cost is one small file, whatever the disk holds, and for clients the instant in which the
 //! gate is closed. Several disks can be taken at one instant: all their gates are closed at once.
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ploop::descriptor::{Descriptor, Guid, Temporary};
@@ -15,6 +15,7 @@ use ploop::format::ploop::header::IN_USE_DIRTY;
 use ploop::format::ploop::top::Top;
 use ploop::format::ploop::{Header, Version, create as create_image};
 use ploop::locks::{Use, lock_image};
+use ploop::owner;
 use ploop::store::{Access, SECTOR};
 use serde::Serialize;
 
@@ -65,6 +66,16 @@ pub struct Live<'a> {
     pub place: &'a Place<'a>,
     /// Open for writing; it holds the disk's lock.
     pub disk: &'a Disk,
+}
+
+impl Live<'_> {
+    /// Waits until nobody else rearranges the disk, and keeps others from it. Error: `InUse` where it was
+    /// given away meanwhile, by a move.
+    pub(crate) fn arrange(&self) -> Result<MutexGuard<'_, ()>> {
+        let arranging = self.disk.arrange();
+        owner::check(self.place.store(), self.place.dir())?;
+        Ok(arranging)
+    }
 }
 
 /// What else happens with a snapshot of one disk. The disk is arranged by the caller all the time.
@@ -124,7 +135,7 @@ fn take_all(all: &[Live<'_>], new: &NewSnapshot, along: Option<&dyn Along>) -> R
             "one GUID for the snapshots of several disks",
         ));
     }
-    let _arranging: Vec<_> = all.iter().map(|l| l.disk.arrange()).collect();
+    let _arranging: Vec<_> = all.iter().map(Live::arrange).collect::<Result<_>>()?;
     let group = (all.len() > 1).then(|| Group {
         id: Guid::new_v4().to_string(),
         members: all.iter().map(|l| l.place.shown().to_owned()).collect(),

@@ -86,7 +86,7 @@ fn stored(place: &Place<'_>) -> Result<Vec<Tracker>> {
 pub fn start(live: Live<'_>, name: &str, granularity: u64) -> Result<Tracked> {
     name::check(name)?;
     let Live { place, disk } = live;
-    let _arranging = disk.arrange();
+    let _arranging = live.arrange()?;
     let before = place.meta()?;
     if find(place, &before, disk, name).is_ok() {
         let what = format!("{} has a tracker {name}", place.shown());
@@ -123,7 +123,7 @@ pub fn start(live: Live<'_>, name: &str, granularity: u64) -> Result<Tracked> {
 ///    set. Errors: `NotFound`; `InUse` while a backup has it.
 pub fn stop(live: Live<'_>, name: &str) -> Result<Tracked> {
     let Live { place, disk } = live;
-    let _arranging = disk.arrange();
+    let _arranging = live.arrange()?;
     let mut meta = place.meta()?;
     let id = find(place, &meta, disk, name)?;
     refuse_backup(place, &meta, id, name)?;
@@ -142,7 +142,7 @@ pub fn stop(live: Live<'_>, name: &str) -> Result<Tracked> {
 /// 1. metadata: no backup is what it stands on any more; 2. COMMIT: its bits.
 pub fn clear(live: Live<'_>, name: &str) -> Result<Tracked> {
     let Live { place, disk } = live;
-    let _arranging = disk.arrange();
+    let _arranging = live.arrange()?;
     let mut meta = place.meta()?;
     let id = find(place, &meta, disk, name)?;
     refuse_backup(place, &meta, id, name)?;
@@ -168,7 +168,7 @@ fn refuse_backup(place: &Place<'_>, meta: &Meta, id: Id, name: &str) -> Result<(
 /// Adds what the tracker `from` has to `into`; durable on return. Error: `NotFound`.
 pub fn merge(live: Live<'_>, from: &str, into: &str) -> Result<Tracked> {
     let Live { place, disk } = live;
-    let _arranging = disk.arrange();
+    let _arranging = live.arrange()?;
     let meta = place.meta()?;
     let (from, into) = (
         find(place, &meta, disk, from)?,

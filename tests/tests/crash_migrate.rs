@@ -520,6 +520,33 @@ fn a_snapshot_that_comes_between_ends_the_move() {
     }
 }
 
+/// Goal: who waited for his turn while a disk was given away is not told that he has a snapshot of it.
+#[test]
+fn what_was_given_gets_no_snapshot() {
+    let (store, root) = host();
+    container(&root, THERE, Version::V2, 64, SIZE);
+    let service = Service::start(Arc::new(store.clone()));
+    let disk = service.disks.live(THERE).unwrap();
+    let record = Record {
+        state: State::Given,
+        id: Guid::new_v4(),
+        epoch: snapshots::owner::BEGUN,
+        peer: "there unix:/other".into(),
+    };
+    owner::Owner::write(root.store(), &root.container(THERE), record).unwrap();
+    let place = service.disks.place(THERE).unwrap();
+    let live = Live {
+        place: &place,
+        disk: disk.disk(),
+    };
+    let taken = snapshots::snapshot::take(live, &NewSnapshot::default());
+    assert_eq!(taken.unwrap_err().kind(), ploop::Kind::InUse);
+    let tracked = snapshots::tracker::start(live, "t", 1 << 16);
+    assert_eq!(tracked.unwrap_err().kind(), ploop::Kind::InUse);
+    drop((place, disk));
+    service.stop();
+}
+
 /// Goal: who removes what is left of a move that was cut looks again when nobody can change it any more.
 #[test]
 fn what_was_taken_meanwhile_is_not_removed() {

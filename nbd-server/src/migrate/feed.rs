@@ -26,9 +26,10 @@ use super::wire::{PAYLOAD_MAX, Refusal, Type, Wire};
 
 /// How long a reader waits for a source that is gone.
 const STALL: Duration = Duration::from_secs(30);
-/// How long it may take over an answer, and a destination that still lacks something over its next request.
+/// How long it may take over an answer, and a destination that still lacks something over its next request,
+/// or a source over its end.
 const SILENCE: Duration = Duration::from_secs(20);
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_secs(90);
 /// Bytes that the background asks for at a time: a reader waits for no more than that.
 const FILL: u64 = 256 << 10;
 /// Between two tries of what failed.
@@ -182,6 +183,8 @@ impl Feed {
     /// The source, if it is there, knows that nothing is missing any more: it drops what it has.
     pub(super) fn whole(&self) -> Result<()> {
         self.with(Duration::ZERO, |wire| {
+            // It lets go of its files before it answers.
+            wire.be_patient(IDLE);
             wire.send(Type::Whole, &[])?;
             wire.flush()?;
             wire.expect(Type::Confirmed)

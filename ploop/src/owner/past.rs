@@ -60,12 +60,17 @@ pub fn aside(store: &dyn Store, dir: &Path) -> Result<Option<Record>> {
     open(store, &dir.join(SIDE).join(CAME))
 }
 
-/// The source of the move `id`, by which the disk in `dir` came that now moves on, knows. Durable on
-/// return.
-pub fn forget_aside(store: &dyn Store, dir: &Path, id: Guid) -> Result<()> {
+/// The source of the move `id`, by which the disk in `dir` was taken, knows: nothing needs to be kept of it,
+/// whether it moves on or not. Durable on return. Error: `Corrupt`.
+pub fn confirm(store: &dyn Store, dir: &Path, id: Guid) -> Result<()> {
     let _one = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
-    match aside(store, dir)? {
-        Some(record) if record.id == id => remove(store, &dir.join(SIDE).join(CAME)),
+    if aside(store, dir)?.is_some_and(|r| r.id == id) {
+        remove(store, &dir.join(SIDE).join(CAME))?;
+    }
+    match super::read(store, dir)? {
+        Some(record) if record.id == id && record.state == State::Taken => {
+            super::remove(store, dir)
+        }
         _ => Ok(()),
     }
 }

@@ -58,9 +58,10 @@ fn what_was_taken_is_taken_again_where_the_next_move_fails() {
     // The source knows by then.
     past::set_aside(&store, dir).unwrap();
     Owner::write(&store, dir, next.clone()).unwrap();
-    past::forget_aside(&store, dir, next.id).unwrap();
+    past::confirm(&store, dir, next.id).unwrap();
     assert_eq!(past::aside(&store, dir).unwrap(), Some(first.clone()));
-    past::forget_aside(&store, dir, first.id).unwrap();
+    past::confirm(&store, dir, first.id).unwrap();
+    assert_eq!(read(&store, dir).unwrap(), Some(next.clone()));
     assert!(remove_of(&store, dir, next.id).unwrap());
     assert_eq!(read(&store, dir).unwrap(), None);
     // Nothing is left of it for a move that has nothing to do with it.

@@ -29,11 +29,12 @@ impl Coming<'_> {
         // It is closed first: then its lock is free.
         self.arriving = None;
         match moving::record(self.root, self.name, self.id)? {
-            // It was not taken: nobody did that for this link.
-            Some(r) if !r.state.owns() => {
-                enact(self.root, self.name, (r.id, r.state), Next::Remove)
+            Some(r) if r.state.owns() => {
+                let what = format!("somebody decided meanwhile that {} is here", self.name);
+                Err(Error::new(Kind::InUse, what))
             }
-            _ => Ok(()),
+            Some(r) => enact(self.root, self.name, (r.id, r.state), Next::Remove),
+            None => Ok(()),
         }
     }
 }

@@ -82,10 +82,14 @@ pub(super) fn wait(
     }
 }
 
+fn stopped() -> io::Error {
+    io::Error::other("stopped")
+}
+
 /// How long may be waited now, at most [`TICK`]. Errors: as [`wait`].
 pub(super) fn turn(stop: &Stop, until: Option<Instant>) -> io::Result<Duration> {
     if stop() {
-        return Err(io::Error::other("stopped"));
+        return Err(stopped());
     }
     let Some(until) = until else {
         return Ok(TICK);
@@ -105,7 +109,9 @@ impl Read for Line {
             return Ok(0);
         }
         // Also where there is always something to read.
-        turn(&self.stop, self.until)?;
+        if (self.stop)() {
+            return Err(stopped());
+        }
         self.patiently(PollFlags::IN, |socket| {
             recv(socket, &mut *buf, RecvFlags::DONTWAIT).map(|(n, _)| n)
         })
