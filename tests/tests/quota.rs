@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use nbd_server::control::client::resource;
 use nbd_server::control::model::{Info, Quota, QuotaChange};
@@ -75,6 +76,21 @@ fn data(path: &Path) -> u64 {
     sum
 }
 
+/// What a container is charged, once what was charged ahead for clusters over data was given back.
+fn settled(daemon: &Daemon, rig: &Rig) -> Quota {
+    let (mut there, mut now) = (0, Quota::default());
+    for _ in 0..6000 {
+        // In this order: what is there never is less than it was, nor more than what is charged.
+        there = held(rig, "ct");
+        now = quota(daemon, "ct");
+        if now.charged == there {
+            return now;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("charged {}, held {there}", now.charged);
+}
+
 /// Goal: the container that needs more is refused, at the granule, and nobody and nothing else is.
 /// Method: raw writes with snapshots in between until the first refusal, then all that must go on.
 #[test]
@@ -86,13 +102,15 @@ fn a_full_container_is_refused_more_and_keeps_what_it_has() {
     assert_eq!(set(&daemon, "ct", limit).quota, limit);
     let (mut client, mut neighbour) = (daemon.open("ct"), daemon.open("neighbour"));
     let mut written = Vec::new();
-    for i in 0.. {
-        // Whole clusters' worth, in an order of its own; holes below, so a granule costs a granule.
-        let at = FREE + (i * 37 % 4096) * GRANULE;
+    // In an order of its own, so that a cluster is written to before and after a snapshot.
+    let order = (0..4096).map(|i| FREE + i * 37 % 4096 * GRANULE);
+    let mut refused = false;
+    for (i, at) in order.enumerate() {
         match write(&mut client, at, i as u8) {
             0 => written.push((at, i as u8)),
             error => {
                 assert_eq!(error, ENOSPC, "write {i}");
+                refused = true;
                 break;
             }
         }
@@ -101,17 +119,21 @@ fn a_full_container_is_refused_more_and_keeps_what_it_has() {
             take(&daemon.api(), "ct", &format!("s{i}"));
         }
     }
-    // A cluster over data of the template's needs more than the one granule; what is left goes to
-    // granules of clusters that it has.
-    let granules = |at: u64| (0..16).map(move |g| at / 65536 * 65536 + g * GRANULE);
-    let own: Vec<u64> = written.iter().rev().take(90).map(|w| w.0).collect();
-    let last = own.into_iter().flat_map(granules).find(|&at| {
-        let error = write(&mut client, at, 55);
-        if error == 0 {
-            written.retain(|w| w.0 != at);
-            written.push((at, 55));
+    assert!(refused);
+    // What was charged for all of a cluster's data, and is less, comes back; the rest goes to clusters
+    // over nothing, where a granule costs a granule.
+    assert!(settled(&daemon, &rig).charged <= limit);
+    let last = (58 * MIB..63 * MIB).step_by(GRANULE as usize).find(|&at| {
+        match write(&mut client, at, 55) {
+            0 => {
+                written.push((at, 55));
+                false
+            }
+            error => {
+                assert_eq!(error, ENOSPC);
+                true
+            }
         }
-        error != 0
     });
     assert!(last.is_some());
     let full = quota(&daemon, "ct");
@@ -122,7 +144,7 @@ fn a_full_container_is_refused_more_and_keeps_what_it_has() {
     let (at, _) = *written.last().unwrap();
     assert_eq!(write(&mut client, at, 77), 0);
     written.last_mut().unwrap().1 = 77;
-    assert_eq!(write(&mut client, 60 * MIB, 1), ENOSPC);
+    assert_eq!(write(&mut client, 63 * MIB, 1), ENOSPC);
     // What is given up may be taken again, and no more than that.
     let now = quota(&daemon, "ct").charged;
     set(&daemon, "ct", now);
@@ -138,10 +160,10 @@ fn a_full_container_is_refused_more_and_keeps_what_it_has() {
     rig.run(["snapshot", "delete", "ct", "full"]);
     // Less than it has takes nothing away; then more, while it runs.
     set(&daemon, "ct", MIB);
-    assert_eq!(write(&mut client, 60 * MIB, 1), ENOSPC);
+    assert_eq!(write(&mut client, 63 * MIB, 1), ENOSPC);
     rig.run(["set", "ct", "--quota", "16M"]);
-    assert_eq!(write(&mut client, 60 * MIB, 1), 0);
-    written.push((60 * MIB, 1));
+    assert_eq!(write(&mut client, 63 * MIB, 1), 0);
+    written.push((63 * MIB, 1));
     client.flush();
     for &(at, fill) in &written {
         assert_eq!(
