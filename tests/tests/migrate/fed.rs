@@ -115,6 +115,57 @@ fn a_service_that_stops_answers_what_was_asked() {
     }
 }
 
+/// Goal: a link that falls silent, and is not closed, is no end of it: the destination gives it up, the
+/// source comes back, and who reads has his bytes, or an error, and never others. Method: a question
+/// that gets lost on its way.
+#[test]
+fn a_link_that_falls_silent_is_given_up_for_another() {
+    const AT: u64 = 15 << 20;
+    let (mut a, mut b) = (Side::new(), Side::new());
+    let bytes = store(&a.rig);
+    a.start();
+    b.start();
+    let proxy = Proxy::new(&socket(&b.rig));
+    proxy.stop_at(ANSWER, Flow::Last);
+    let id = post_copy(a.here(), &proxy.address(), |_| ());
+    let job: ploop::Result<Job> = a.here().api().wait(id, |_| ());
+    job.unwrap_err();
+    let lost = Arc::new(AtomicBool::new(false));
+    let first = lost.clone();
+    proxy.judge(move |frame| {
+        match frame.kind() == WANT && !first.fetch_or(true, Ordering::AcqRel) {
+            true => Flow::Hold,
+            false => Flow::Pass,
+        }
+    });
+    proxy.let_in();
+    wait_for("the question", || lost.load(Ordering::Acquire));
+    let links = proxy.links();
+    let mut client = b.here().open("ct");
+    let mut errors = 0;
+    loop {
+        let reply = client.ask(Ask::new(kind::READ, 0, AT..AT + 4096));
+        match reply.error {
+            0 => {
+                let got: Vec<u8> = reply.content.into_iter().flat_map(|(_, b)| b).collect();
+                assert!(got == bytes[AT as usize..][..4096]);
+                break;
+            }
+            // Its patience is longer than the link's; not on every machine by as much as it takes.
+            error => assert_eq!(error, 5, "{reply:?}"),
+        }
+        errors += 1;
+        assert!(errors < 10, "{}", b.here().log());
+    }
+    assert!(proxy.links() > links, "it came by the link that was lost");
+    client.disconnect();
+    wait_for("all of it", || !a.has("ct") && b.state() == "none");
+    assert!(content(b.here(), "ct") == bytes);
+    for mut side in [a, b] {
+        side.daemon.take().unwrap().stop();
+    }
+}
+
 /// Goal: what the source cannot read is an error to who reads that, and keeps nothing else from coming.
 /// Method: one of two images is away for a while.
 #[test]
