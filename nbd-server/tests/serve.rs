@@ -152,7 +152,7 @@ fn connections_see_each_others_writes_and_one_flush_covers_all() {
 fn a_client_that_says_nothing_is_sent_away() {
     let (_, exports) = disk();
     let config = Config {
-        handshake_timeout: Duration::from_millis(100),
+        handshake_timeout: Duration::from_secs(3),
         ..Config::default()
     };
     let server = Running::start(exports, config);
@@ -309,7 +309,7 @@ fn an_export_that_hangs_in_opening_holds_up_nobody_else() {
     let (_, single) = disk();
     let exports = Arc::new(Hanging(single, AtomicBool::new(false)));
     let config = Config {
-        handshake_timeout: Duration::from_millis(100),
+        handshake_timeout: Duration::from_secs(3),
         ..Config::default()
     };
     let server = Running::start(exports.clone(), config);

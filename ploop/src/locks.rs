@@ -82,7 +82,7 @@ fn look(file: &dyn StoreFile, stops: &[RangeInclusive<u64>], use_for: Use) -> Re
 }
 
 /// How often, and how long after another, a lock without a holder's text is tried again.
-const TRIES: u32 = 50;
+const TRIES: u32 = 1000;
 const TRY_AGAIN: Duration = Duration::from_millis(2);
 
 /// The lock on a disk among programs of ours: `flock` on `<disk>/.ploop/lock`. The file is never

@@ -41,10 +41,10 @@ same() {
     pass "$1 ($2)"
 }
 
-# Waits half a minute for a command to succeed.
+# Waits five minutes for a command to succeed.
 await() {
     local _
-    for _ in $(seq 300); do
+    for _ in $(seq 3000); do
         "$@" >/dev/null 2>&1 && return
         sleep 0.1
     done

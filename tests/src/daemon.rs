@@ -170,7 +170,7 @@ pub fn snapshots(api: &Client, container: &str) -> Vec<Snapshot> {
 /// Waits, looking often, until `done` of a job.
 pub fn wait_job(api: &Client, id: u64, what: &str, mut done: impl FnMut(&Job) -> bool) -> Job {
     let path = resource(&["jobs", &id.to_string()]);
-    for _ in 0..6000 {
+    for _ in 0..36_000 {
         let job: Job = api.get(&path).unwrap();
         if done(&job) {
             return job;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -203,14 +203,20 @@ impl Rig {
     }
 }
 
-/// Everything below `dir`, but for what locks leave in their files.
+/// Everything below `dir`, but for what locks leave in their files, and for what goes meanwhile.
 pub fn listing(dir: &Path) -> Listing {
     let mut out = Listing::new();
     let mut todo = vec![dir.to_path_buf()];
     while let Some(path) = todo.pop() {
-        let meta = fs::symlink_metadata(&path).unwrap();
+        let meta = match fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            meta => meta.unwrap(),
+        };
         if meta.is_dir() {
-            todo.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+            match fs::read_dir(&path) {
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                names => todo.extend(names.unwrap().map(|e| e.unwrap().path())),
+            }
         }
         let content = match meta.is_file() && path.file_name() != Some(OsStr::new("lock")) {
             true => format!("{} bytes {}", meta.len(), file_digest(&path)),

@@ -249,7 +249,7 @@ fn a_backup_that_was_killed_goes_on_or_gives_its_bits_back() {
         client.write(after, &pattern(512, u64::from(round) + 100));
         client.flush();
         let mut slow = rig.ploop();
-        slow.args(["backup", "ct", &file, "--since", "night", "--rate", "1M"]);
+        slow.args(["backup", "ct", &file, "--since", "night", "--rate", "128K"]);
         slow.stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
@@ -462,28 +462,23 @@ fn what_is_frozen_is_thawed_whatever_happens() {
     };
     let say = |word: &str| format!("echo {word} >> {}", log.display());
     let (freeze, thaw) = (say("freeze"), say("thaw"));
-    let hooked = |target: &str, freeze: &str, thaw: &str| -> Vec<String> {
-        [
-            "backup",
-            "ct",
-            target,
-            "--freeze",
-            freeze,
-            "--thaw",
-            thaw,
-            "--hook-timeout",
-            "2",
-        ]
-        .map(str::to_owned)
-        .to_vec()
+    let within = |seconds: &str, target: &str, freeze: &str, thaw: &str| -> Vec<String> {
+        let hooks = ["--freeze", freeze, "--thaw", thaw];
+        let words = [
+            &["backup", "ct", target],
+            &hooks[..],
+            &["--hook-timeout", seconds],
+        ];
+        words.concat().into_iter().map(str::to_owned).collect()
     };
+    let hooked = |target: &str, freeze: &str, thaw: &str| within("120", target, freeze, thaw);
     rig.run(hooked("a.qcow2", &freeze, &thaw));
     assert_eq!(said(), "freeze\nthaw\n");
     let fails = format!("{freeze}; exit 3");
     rig.refused(1, hooked("b.qcow2", &fails, &thaw), &["exit code 3"]);
     assert_eq!(said(), "freeze\nthaw\n");
     let hangs = format!("{freeze}; sleep 1000");
-    rig.refused(1, hooked("b.qcow2", &hangs, &thaw), &["more than 2 s"]);
+    rig.refused(1, within("5", "b.qcow2", &hangs, &thaw), &["more than 5 s"]);
     assert_eq!(said(), "freeze\nthaw\n");
     assert_eq!(
         rig.json(["backup", "list", "ct", "--json"]),
@@ -503,7 +498,9 @@ fn what_is_frozen_is_thawed_whatever_happens() {
     let mut killed = rig.ploop();
     killed.args(hooked("c.qcow2", &format!("{freeze}; sleep 1"), &thaw));
     let mut killed = killed.stdin(Stdio::null()).spawn().unwrap();
-    wait_for("the freeze", || log.exists());
+    wait_for("the freeze", || {
+        fs::read_to_string(&log).is_ok_and(|text| text == "freeze\n")
+    });
     killed.kill().unwrap();
     killed.wait().unwrap();
     wait_for("the thaw", || {

@@ -169,7 +169,7 @@ fn serve(case: &Case, dir: &Path, node: &str, socket: &Path) -> Result<Server, O
     allow(case, dir, command.arg("--socket").arg(socket));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    for _ in 0..2000 {
+    for _ in 0..60_000 {
         if UnixStream::connect(socket).is_ok() {
             return Ok(Server(child));
         }

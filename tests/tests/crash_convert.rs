@@ -109,7 +109,7 @@ fn a_converted_image_is_whole_or_not_there_and_each_sync_counts() {
         "snapshots/src/convert/raw.rs",
         "snapshots/src/convert/staged.rs",
     ];
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     for (kind, target) in KINDS {
         let log = RecordingStore::on(&tree::start());
         run(log.store(), &log, kind, target);

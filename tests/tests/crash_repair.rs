@@ -162,7 +162,7 @@ fn judge_undo(state: &MemoryStore, first: &First, answered: bool) -> Result<(), 
 }
 
 /// All states of one repair and its undo; then each sync of both left out and moved.
-fn run(proof: &mut Proof, base: &Base, start: &MemoryStore) {
+fn run(proof: &Proof, base: &Base, start: &MemoryStore) {
     start.create_dir(Path::new("/undo")).unwrap();
     let log = RecordingStore::on(start);
     let first = repaired(log.store(), &log, base, start);
@@ -251,12 +251,12 @@ fn named(all: &[Base], name: &str) -> usize {
 #[test]
 fn a_repair_cut_anywhere_is_taken_back_or_done_again() {
     let all = bases();
-    let mut proof = Proof::default();
-    let mut run = |name: &str, hurt: &dyn Fn(&MemoryStore)| {
+    let proof = Proof::default();
+    let run = |name: &str, hurt: &dyn Fn(&MemoryStore)| {
         let base = &all[named(&all, name)];
         let store = base.store.snapshot();
         hurt(&store);
-        run(&mut proof, base, &store);
+        run(&proof, base, &store);
     };
     run("v2", &|s| {
         hurt(s, "/d/image.hds", 64);

@@ -211,7 +211,7 @@ fn every_sync_of_resizing_is_needed_where_it_is() {
             Box::new(move || check(&store, &content, &budget).map(drop)) as Verdict<'_>
         }),
     };
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     proof.add(&scenario, FILES);
     proof.verdict(FILES);
 }

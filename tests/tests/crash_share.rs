@@ -439,7 +439,7 @@ fn every_sync_of_sharing_is_needed_where_it_is() {
             }) as Verdict<'_>
         }),
     };
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     proof.add(&sharing, FILES);
     proof.verdict(FILES);
 }

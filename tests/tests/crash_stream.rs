@@ -318,7 +318,7 @@ fn every_sync_of_receiving_is_needed_where_it_is() {
         "snapshots/src/stream/partial.rs",
     ];
     let streams = streams();
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     for how in [How::Tree, How::Cut, How::Onto] {
         let streams = &streams;
         let scenario = Scenario {

@@ -116,7 +116,7 @@ fn no_bit_is_missing_in_seeded_runs() {
 /// Goal: no sync of the trackers' files can be taken out or moved. Method: as in `crash_proof.rs`.
 #[test]
 fn every_sync_of_trackers_is_needed_where_it_is() {
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     for (version, base) in [(Version::V2, true), (Version::V1, false)] {
         let fx = Fixture::new(version, Shape::Used, base, CLUSTERS);
         let fx = fx.tracked().showing(SHOWN);

@@ -64,7 +64,7 @@ fn every_sync_of_the_tree_is_needed_where_it_is() {
             Box::new(move || tree::check(&store, &LIFE, &budget).map(drop)) as Verdict<'_>
         }),
     };
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     proof.add(&life, FILES);
     proof.verdict(FILES);
 }

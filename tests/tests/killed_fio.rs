@@ -269,6 +269,8 @@ fn fio_finds_all_that_was_flushed_after_every_kill() {
             changed() != before || writing.child.try_wait().unwrap().is_some()
         });
         let life = match rng.below(5) {
+            // Long enough for a flush, whatever the host.
+            _ if flushed == 0 => 3_000 << round.min(6),
             // Long enough for clusters to be completed in the background.
             0 => 1_200 + rng.below(600),
             1 => rng.below(20),

@@ -79,7 +79,7 @@ fn data(path: &Path) -> u64 {
 /// What a container is charged, once what was charged ahead for clusters over data was given back.
 fn settled(daemon: &Daemon, rig: &Rig) -> Quota {
     let (mut there, mut now) = (0, Quota::default());
-    for _ in 0..6000 {
+    for _ in 0..36_000 {
         // In this order: what is there never is less than it was, nor more than what is charged.
         there = held(rig, "ct");
         now = quota(daemon, "ct");

@@ -157,7 +157,7 @@ impl Serving {
             .arg(socket);
         let child = command.stdout(Stdio::null()).spawn();
         let mut serving = Serving(child.map_err(|e| Error::io("start", exe, e))?);
-        for _ in 0..500 {
+        for _ in 0..6000 {
             if UnixStream::connect(socket).is_ok() {
                 return Ok(serving);
             }
@@ -246,18 +246,26 @@ fn mount_and_run(dir: &Path, socket: &Path) -> Result<std::result::Result<String
             .stderr(Stdio::null())
             .status(),
     );
-    drop(
-        Command::new("umount")
-            .arg(&file)
-            .stderr(Stdio::null())
-            .status(),
-    );
+    // Whoever looks at new devices may have the loop device open for an instant.
+    for _ in 0..600 {
+        drop(
+            Command::new("umount")
+                .arg(&file)
+                .stderr(Stdio::null())
+                .status(),
+        );
+        if !matches!(fuse.try_wait(), Ok(None)) {
+            return Ok(said);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(fuse.kill());
     drop(fuse.wait());
     Ok(said)
 }
 
 fn mounted(file: &Path, mnt: &Path) -> std::result::Result<String, String> {
-    for _ in 0..500 {
+    for _ in 0..6000 {
         if fs::metadata(file).is_ok_and(|m| m.len() > 0) {
             break;
         }

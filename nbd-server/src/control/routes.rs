@@ -21,7 +21,7 @@ use crate::serve::{Connected, Totals};
 const MAX_WAIT: f64 = 30.0;
 
 /// How long a connection that is ended has to let go of its export.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+const END_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()

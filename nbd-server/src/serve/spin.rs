@@ -84,21 +84,25 @@ mod tests {
     use super::*;
     use std::cell::Cell;
 
-    /// Answers each look with nothing until its time has come.
+    /// Answers each look with nothing until some time after the first.
     struct Late {
-        ready: Cell<Instant>,
+        after: Cell<Duration>,
+        first: Cell<Option<Instant>>,
         slept: Cell<u32>,
     }
 
     impl Late {
         fn at(&self, after: Duration) {
-            self.ready.set(Instant::now() + after);
+            self.after.set(after);
+            self.first.set(None);
         }
     }
 
     impl Source for Late {
         fn receive_now(&self, _: &mut [u8]) -> io::Result<Option<usize>> {
-            Ok((Instant::now() >= self.ready.get()).then_some(1))
+            let first = self.first.get().unwrap_or_else(Instant::now);
+            self.first.set(Some(first));
+            Ok((first.elapsed() >= self.after.get()).then_some(1))
         }
 
         fn receive(&self, _: &mut [u8]) -> io::Result<usize> {
@@ -111,7 +115,8 @@ mod tests {
     #[test]
     fn a_slow_client_is_slept_for_and_everything_is_received_once() {
         let source = Late {
-            ready: Cell::new(Instant::now()),
+            after: Cell::default(),
+            first: Cell::default(),
             slept: Cell::default(),
         };
         let mut spin = Spin::default();

@@ -7,7 +7,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use ploop::store::Store;
 use ploop::store::memory::MemoryStore;
@@ -73,11 +74,11 @@ struct Record {
 /// A crime that so many scenarios noticed needs no more of them.
 const ENOUGH: u32 = 2;
 
-/// What is known of each line that syncs.
+/// What is known of each line that syncs. Several threads may add to it.
 #[derive(Debug, Default)]
 pub struct Proof {
-    sites: BTreeMap<String, BTreeMap<Crime, Record>>,
-    runs: u64,
+    sites: Mutex<BTreeMap<String, BTreeMap<Crime, Record>>>,
+    runs: AtomicU64,
 }
 
 impl Scenario<'_> {
@@ -97,7 +98,7 @@ impl Scenario<'_> {
 impl Proof {
     /// Runs a scenario unharmed, which must be right, and then with each crime in one of `files`
     /// that too few have noticed so far.
-    pub fn add(&mut self, scenario: &Scenario<'_>, files: &[&str]) {
+    pub fn add(&self, scenario: &Scenario<'_>, files: &[&str]) {
         let (calls, verdict) = scenario.play(None, Order::Unchanged);
         verdict.unwrap_or_else(|e| panic!("{}, unharmed: {e}", scenario.name));
         let judged = |call: &SyncCall| files.iter().any(|file| call.site.starts_with(file));
@@ -122,34 +123,37 @@ impl Proof {
     }
 
     fn commit(
-        &mut self,
+        &self,
         scenario: &Scenario<'_>,
         site: &str,
         crime: Crime,
         drop: Option<u64>,
         order: Order,
     ) {
-        let record = self
-            .sites
-            .entry(site.to_owned())
-            .or_default()
-            .entry(crime)
-            .or_default();
-        if record.noticed >= ENOUGH {
+        let of = |change: &mut dyn FnMut(&mut Record)| {
+            let mut sites = self.sites.lock().unwrap();
+            let crimes = sites.entry(site.to_owned()).or_default();
+            change(crimes.entry(crime).or_default());
+        };
+        let mut enough = false;
+        of(&mut |record| enough = record.noticed >= ENOUGH);
+        if enough {
             return;
         }
-        self.runs += 1;
-        match scenario.play(drop, order).1 {
-            Err(_) => record.noticed += 1,
-            Ok(()) => record.missed_in.push(scenario.name.clone()),
-        }
+        self.runs.fetch_add(1, Ordering::Relaxed);
+        let noticed = scenario.play(drop, order).1.is_err();
+        of(&mut |record| match noticed {
+            true => record.noticed += 1,
+            false => record.missed_in.push(scenario.name.clone()),
+        });
     }
 
     /// Panics unless every line that syncs in `files` (relative to the workspace) was visited, and
     /// every crime on it was noticed.
     pub fn verdict(&self, files: &[&str]) {
         let mut wrong = Vec::new();
-        for (site, crimes) in &self.sites {
+        let sites = self.sites.lock().unwrap();
+        for (site, crimes) in sites.iter() {
             for (crime, record) in crimes {
                 println!("{site}: {crime:?}: noticed by {}", record.noticed);
                 if record.noticed == 0 {
@@ -161,12 +165,13 @@ impl Proof {
         for file in files {
             for (line, text) in sync_lines(file) {
                 let site = format!("{file}:{line}");
-                if !self.sites.contains_key(&site) {
+                if !sites.contains_key(&site) {
                     wrong.push(format!("{site}: never visited: {text}"));
                 }
             }
         }
-        println!("{} runs with a sync left out or moved", self.runs);
+        let runs = self.runs.load(Ordering::Relaxed);
+        println!("{runs} runs with a sync left out or moved");
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 }

@@ -19,7 +19,7 @@ use ploop_tests::crash::scene::{Op, Plan, Scene};
 use ploop_tests::crash::{CLUSTER_SECTORS, SECTOR};
 
 /// Far beyond what a client's call takes.
-const FOR_EVER: Duration = Duration::from_secs(5);
+const FOR_EVER: Duration = Duration::from_secs(60);
 
 /// What clients do, in clusters that no job of these scenes moves.
 type Work = (&'static str, fn(&Disk));

@@ -131,7 +131,7 @@ fn after_a_kill(plan: &Plan, renamed: bool) -> Scene {
 /// Goal: no sync of a snapshot, and none of the sweep, can be taken out or moved.
 #[test]
 fn every_sync_of_a_snapshot_is_needed_where_it_is() {
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     for plan in scenes::creations() {
         proof.add(&scenario(plan.build(), Story::Alone), CREATE);
         proof.add(&scenario(plan.build(), Story::Live), CREATE);
@@ -155,7 +155,7 @@ fn every_sync_of_a_snapshot_is_needed_where_it_is() {
 fn the_sync_of_entries_that_go_is_needed_where_it_is() {
     let plans = scenes::merges();
     let plan = plans.iter().find(|p| p.name == "down aside").unwrap();
-    let mut proof = Proof::default();
+    let proof = Proof::default();
     proof.add(&scenario(plan.build(), Story::Alone), TAKE_OUT);
     proof.verdict(TAKE_OUT);
 }

@@ -181,7 +181,7 @@ fn stress(store: Arc<dyn Store>, dir: &Path) {
         let stop = Stop(&bench.stop);
         let mut rng = Rng(seed ^ 0xABCD);
         let start = Instant::now();
-        while start.elapsed() < time {
+        while start.elapsed() < time || taken <= 10 || merged <= 5 {
             let live = Live {
                 place: &place,
                 disk: &bench.disk,
@@ -218,7 +218,6 @@ fn stress(store: Arc<dyn Store>, dir: &Path) {
         "{} writes, {taken} snapshots, {merged} merged, {most} at once",
         bench.writes.into_inner()
     );
-    assert!(taken > 10 && merged > 5, "{taken} {merged}");
 }
 
 /// Lets the threads end, also when the one that changes the tree fails.

@@ -159,6 +159,10 @@ fn under_writers(rounds: u64, mut end: impl FnMut(&Rig, Daemon, &mut Rng, u64)) 
     for (writer, client) in writers.iter().zip(&mut clients) {
         writer.check(client);
     }
+    // What the last kill cut goes on.
+    wait_for("the merges", || {
+        daemon.jobs().iter().all(|j| j.state.is_over())
+    });
     for client in clients {
         client.disconnect();
     }

@@ -43,7 +43,7 @@ fn what_moves_by_post_copy_is_thawed_at_the_hand_over() {
         Flow::Pass
     });
     let (freeze, thaw, to) = (trace("freeze"), trace("thaw"), proxy.address());
-    let hooks = ["--freeze", &freeze, "--thaw", &thaw, "--hook-timeout", "15"];
+    let hooks = ["--freeze", &freeze, "--thaw", &thaw, "--hook-timeout", "60"];
     let mut command = source.rig.ploop();
     command
         .args(["migrate", "ct", &to, "--post-copy"])
@@ -67,7 +67,7 @@ fn a_move_does_not_wait_for_who_was_killed() {
         "--thaw",
         "true",
         "--hook-timeout",
-        "2",
+        "10",
     ];
     let mut command = source.rig.ploop();
     let mut command = command

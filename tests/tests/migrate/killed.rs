@@ -74,6 +74,8 @@ impl Pair {
     fn request(&self, to: usize, m: &mut Migrate) {
         m.holder = Some(with_holder(&self.holder, &self.sides[to].rig));
         m.post_copy = self.later;
+        // A store this small has a rate that is made of syncs.
+        m.downtime_ms = Some(2_000);
     }
 
     /// Begins a move, and waits for the instant of the kill.

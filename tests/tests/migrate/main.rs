@@ -32,6 +32,7 @@ use nbd_server::control::model::{Job, Migrate, MigrateHolder};
 use ploop_tests::daemon::Daemon;
 use ploop_tests::fsx::Rng;
 use ploop_tests::holder::unix;
+use ploop_tests::mount::wait_for;
 use ploop_tests::store::Rig;
 
 /// Bytes of the container.
@@ -88,6 +89,21 @@ fn content(daemon: &Daemon, export: &str) -> Vec<u8> {
     let content = parts.flat_map(|at| client.read(at, 1 << 20)).collect();
     client.disconnect();
     content
+}
+
+/// There is no container, nor what might become one.
+fn is_empty(rig: &Rig) -> bool {
+    let room = |room| fs::read_dir(rig.root().join(room)).unwrap();
+    ["containers", "tmp"]
+        .iter()
+        .all(|r| room(r).next().is_none())
+}
+
+/// Waits until the service has no job left.
+fn merged(daemon: &Daemon) {
+    wait_for("the merges", || {
+        daemon.jobs().iter().all(|j| j.state.is_over())
+    });
 }
 
 /// Begins to move `ct`; the job's number.

@@ -1,6 +1,7 @@
 //! A file system that is mounted, and used, moves.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use ploop_tests::minbase;
 use ploop_tests::mount::MountedExport;
 use ploop_tests::store::Rig;
 use ploop_tests::tools::tool;
+use rustix::process::Signal;
 
 use super::*;
 
@@ -30,6 +32,8 @@ impl Workload {
         let mut command = tool("chroot");
         command.arg(root).args(["/bin/sh", "-c", INSERTS]);
         command.env("PATH", "/usr/bin:/bin").stdin(Stdio::null());
+        // It and what it runs end together.
+        command.process_group(0);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let (sender, committed) = channel();
@@ -55,18 +59,23 @@ impl Workload {
         }
     }
 
+    fn end(&mut self) {
+        let group = rustix::process::Pid::from_child(&self.child);
+        // It may have ended.
+        let _ended = rustix::process::kill_process_group(group, Signal::KILL);
+        drop(self.child.wait());
+    }
+
     /// Kills it; the number of the last transaction that was committed.
     fn kill(mut self) -> u64 {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.end();
         self.committed.iter().last().unwrap_or(self.last)
     }
 }
 
 impl Drop for Workload {
     fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
+        self.end();
     }
 }
 
@@ -98,7 +107,8 @@ fn a_database_that_is_written_to_moves() {
     for (from, to) in [(&here, &b), (&there, &a), (&here, &b)] {
         workload.commits(20);
         let id = begin(from, &address(to), |m| {
-            m.holder = Some(with_holder(&holder, to))
+            m.holder = Some(with_holder(&holder, to));
+            m.downtime_ms = Some(500);
         });
         let job: Job = from.api().wait(id, |_| ()).unwrap();
         let moved = job.migration.unwrap().moved.unwrap();

@@ -158,11 +158,16 @@ pub(crate) fn look(source: &Side, destination: &Side) {
 /// destination.
 pub(crate) fn settled(source: &Side, destination: &Side) -> bool {
     let mut there = false;
+    // What is on its way there still may become one yet.
+    let arriving = || {
+        let room = fs::read_dir(destination.rig.root().join("tmp"));
+        room.is_ok_and(|mut names| names.next().is_some())
+    };
     wait_for("one owner", || {
         there = destination.owns();
         match there {
             true => !source.has("ct"),
-            false => source.state() == "none" && !destination.has("ct"),
+            false => !arriving() && source.state() == "none" && !destination.has("ct"),
         }
     });
     there

@@ -31,6 +31,7 @@ fn a_client_that_writes_throughout_loses_nothing() {
             };
             let id = begin(from, &address(to), |m| {
                 m.holder = Some(with_holder(&holder, rig));
+                m.downtime_ms = Some(500);
             });
             let job: Job = from.api().wait(id, |_| ()).unwrap();
             assert_eq!(job.state, JobState::Done, "{job:?}");

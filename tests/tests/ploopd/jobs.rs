@@ -34,8 +34,8 @@ fn slow(rig: &Rig) -> Vec<u8> {
     data
 }
 
-/// A merge that would take half a minute.
-const RATE: &str = "1M";
+/// A merge that would take minutes.
+const RATE: &str = "128K";
 
 fn slow_merge(rig: &Rig) -> Child {
     let mut command = rig.ploop();

@@ -92,10 +92,11 @@ fn plain(text: &str) -> String {
     };
     let line = |l: &str| l.split_whitespace().map(word).collect::<Vec<_>>().join(" ");
     // After a number, its unit.
-    let lines = text
-        .lines()
-        .map(line)
-        .map(|l| l.replace("N µs", "N").replace("N ms", "N"));
+    let lines = text.lines().map(line).map(|l| {
+        l.replace("N µs", "N")
+            .replace("N ms", "N")
+            .replace("N s", "N")
+    });
     lines.collect::<Vec<_>>().join("\n")
 }
 

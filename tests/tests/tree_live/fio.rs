@@ -26,7 +26,15 @@ fn fio_finds_nothing_wrong_while_the_tree_changes() {
     let mut hashed: Vec<(String, String)> = Vec::new();
     let mut present: Vec<String> = Vec::new();
     let (mut made, mut removed) = (0, 0);
-    while fio.runs() {
+    loop {
+        if !fio.runs() {
+            fio.wait();
+            if made > 10 && removed > 3 {
+                break;
+            }
+            // A slow host: once more.
+            fio = Fio::start(&daemon.uri("ct"), seconds, &[]);
+        }
         let name = format!("f{made}");
         take(&api, "ct", &name);
         if made % 16 == 0 {
@@ -45,9 +53,7 @@ fn fio_finds_nothing_wrong_while_the_tree_changes() {
             removed += 1;
         }
     }
-    fio.wait();
     eprintln!("{made} snapshots, {removed} removed");
-    assert!(made > 10 && removed > 3, "{made} made, {removed} removed");
     for (name, was) in &hashed {
         assert_eq!(&hash(&daemon, name), was, "{name} has changed");
     }

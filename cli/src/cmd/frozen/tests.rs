@@ -33,7 +33,7 @@ fn what_was_thawed_too_early_is_taken_back() {
         }
         Ok(7)
     };
-    let late = during(hooks(&thaw, Duration::from_secs(1)), work, undo);
+    let late = during(hooks(&thaw, Duration::from_secs(5)), work, undo);
     let said = late.unwrap_err().to_string();
     assert!(said.contains("before the instant"), "{said}");
     assert_eq!(undone.replace(0), 7);

@@ -227,10 +227,10 @@ impl Steward {
 
     /// Runs what waits on a container, and gives way to whoever asks for it meanwhile.
     pub(super) fn run_left(&self, container: &str, job: &JobHandle) -> Result<Ended> {
-        let mut gave_way = false;
         while let Some(working) = self.turn_for(container, job, Work::GivesWay) {
             let place = match self.disks().place(container) {
-                Err(e) if gave_way && e.kind() == Kind::NotFound => break,
+                // With the container went what was to be done.
+                Err(e) if e.kind() == Kind::NotFound => break,
                 place => place?,
             };
             let disk = self.disks().live(container)?;
@@ -239,7 +239,7 @@ impl Steward {
                 ..Throttle::new(job, None)
             };
             let ended = Self::run_watched(&place, &disk, &watch)?;
-            gave_way = !matches!(ended, Ended::Done(_)) && working.is_asked_for();
+            let gave_way = !matches!(ended, Ended::Done(_)) && working.is_asked_for();
             if !gave_way || job.cancelled() {
                 return Ok(ended);
             }

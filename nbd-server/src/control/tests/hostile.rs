@@ -45,8 +45,8 @@ pub(super) fn ask(path: &Path, method: &str, asked: &str, body: &str) -> (u16, S
 fn impatient() -> Limits {
     Limits {
         connections: 4,
-        head: Duration::from_millis(200),
-        body: Duration::from_millis(200),
+        head: Duration::from_secs(3),
+        body: Duration::from_secs(3),
         answer: Duration::from_millis(200),
     }
 }
