@@ -5,7 +5,7 @@ use ploop::owner;
 use ploop_tests::mount::wait_for;
 
 use super::proxy::{ANSWER, Flow, Proxy, READY, SAYS};
-use super::sides::{Side, look, moved, says, settled};
+use super::sides::{Side, look, moved, settled};
 use super::*;
 
 /// Two services, the link between them cut for good at a frame.
@@ -65,8 +65,20 @@ impl Cut {
     }
 }
 
+/// The service may still be at it, after its link was cut.
 fn decide(side: &Side, what: &str) -> String {
-    says(side, ["migrate", "ct", "--resolve", what])
+    let mut said = String::new();
+    wait_for("the decision", || {
+        let mut command = side.rig.ploop();
+        command.args(["migrate", "ct", "--resolve", what]);
+        let out = command.output().unwrap();
+        let error = String::from_utf8_lossy(&out.stderr).into_owned();
+        let busy = out.status.code() == Some(5) && error.contains("the disk is in use by");
+        assert!(busy || out.status.success(), "{error}");
+        said = String::from_utf8(out.stdout).unwrap();
+        !busy
+    });
+    said
 }
 
 /// `info` and `list` work, and say how it is; everything that would change it is refused with what can

@@ -9,7 +9,6 @@ use ploop_tests::client::Client;
 use ploop_tests::daemon::Daemon;
 use ploop_tests::mount::wait_for;
 use ploop_tests::store::Rig;
-use ploop_tests::tools::run;
 
 use super::*;
 
@@ -178,9 +177,4 @@ pub(crate) fn moved(from: &Side, to: &str, change: impl FnOnce(&mut Migrate)) {
     let id = begin(from.here(), to, change);
     let job: Job = from.here().api().wait(id, |_| ()).unwrap();
     assert_eq!(job.state, JobState::Done, "{job:?}");
-}
-
-/// Runs `ploop` there; what it said, and how it ended.
-pub(crate) fn says<const N: usize>(side: &Side, args: [&str; N]) -> String {
-    String::from_utf8(run(side.rig.ploop().args(args)).stdout).unwrap()
 }
